@@ -1,0 +1,1 @@
+"""From any data set to arrays: sources, relabelling, tokenization, batching."""

@@ -1,0 +1,61 @@
+"""Parting a data set so that no prompt is on two sides, by nothing but a seed and the texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+from mlxpref.errors import DataError, UsageError
+from mlxpref.records import Prompt, Scored
+
+
+def place_in_line(seed: int, key: str) -> bytes:
+    """A place in line that depends on the seed and the key alone."""
+    return blake2b(f"{seed}:{key}".encode("utf8", "surrogatepass"), digest_size=16).digest()
+
+
+def split_by_prompt(
+    examples: Sequence[Scored], *, fractions: Mapping[str, float], seed: int
+) -> dict[str, list[Scored]]:
+    """Part a data set so that one prompt is never on two sides.
+
+    Prompts are lined up by a hash of seed and text, and each split takes from the line until it
+    holds its fraction of the examples (at least one prompt); "train" gets the rest. Order within a
+    split is that of the data. A prompt is the same whatever white space stands around its turns.
+
+    Args:
+        fractions: split → share of the examples, each > 0, together < 1 without "train", else 1.
+
+    Raises:
+        UsageError: fractions that cannot be. DataError: too few prompts to fill every split.
+    """
+    wanted = {name: share for name, share in fractions.items() if name != "train"}
+    total = sum(fractions.values())
+    whole = math.isclose(total, 1) if "train" in fractions else total < 1
+    if not whole or any(not 0 < share < 1 for share in wanted.values()):
+        raise UsageError(
+            f"fractions of a split are above 0 and leave something to train on: {dict(fractions)}"
+        )
+    keys = [_prompt_key(example.prompt) for example in examples]
+    sizes: dict[str, int] = {}
+    for key in keys:
+        sizes[key] = sizes.get(key, 0) + 1
+    line = sorted(sizes, key=lambda key: place_in_line(seed, key), reverse=True)
+    home: dict[str, str] = {}
+    for name, share in wanted.items():
+        held = 0
+        while line and held < max(1, round(share * len(examples))):
+            key = line.pop()
+            home[key] = name
+            held += sizes[key]
+    parts: dict[str, list[Scored]] = {name: [] for name in ("train", *wanted)}
+    for key, example in zip(keys, examples, strict=True):
+        parts[home.get(key, "train")].append(example)
+    if not all(parts.values()):
+        raise DataError(f"{len(sizes)} different prompts are too few to split into {', '.join(parts)}")
+    return parts
+
+
+def _prompt_key(prompt: Prompt) -> str:
+    return "\x1e".join(f"{message.role}\x1f{message.content.strip()}" for message in prompt)

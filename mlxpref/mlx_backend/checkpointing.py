@@ -1,0 +1,73 @@
+"""Gradient checkpointing that stays right with a shared prompt.
+
+``mx.checkpoint`` gives gradients to the arguments of the function it wraps and none to what that
+function captures. A layer reads its trainable parameters and the served prompt from the outside, so
+all of them are made explicit arguments here, and what the layer records is made an explicit result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class _Layer:
+    """A layer that keeps its inputs and computes its insides again in the backward pass."""
+
+    def __init__(self, layer: nn.Module):
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> Any:
+        position, cache = _find_cache(args, kwargs)
+        layer = self._layer
+
+        def run(parameters: dict[str, Any], hidden: mx.array, given: list[mx.array]) -> Any:
+            layer.update(parameters)
+            inner = None if cache is None else cache.with_given(given)
+            replaced = (inner if i == position else value for i, value in enumerate(args))
+            named = {name: inner if name == position else value for name, value in kwargs.items()}
+            output = layer(hidden, *replaced, **named)
+            return output, [] if inner is None else inner.arrays()
+
+        parameters = layer.trainable_parameters()
+        output, written = mx.checkpoint(run)(parameters, hidden, [] if cache is None else cache.given())
+        layer.update(parameters)
+        if cache is not None:
+            cache.keep(written)
+        return output
+
+
+def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str | None, Any]:
+    """Where among the arguments a prefix cache of ours stands, and the cache."""
+    for position, value in [*enumerate(args), *kwargs.items()]:
+        if hasattr(value, "serving"):
+            return position, value
+    return None, None
+
+
+@contextmanager
+def checkpointed_layers(body: nn.Module, first: int) -> Iterator[None]:
+    """Within this context, layers from index ``first`` on are checkpointed.
+
+    Layers below train nothing and receive no gradient: they have nothing to recompute.
+    """
+    name, layers = _layers_of(body)
+    body[name] = [_Layer(layer) if i >= first else layer for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        body[name] = layers
+
+
+def _layers_of(body: nn.Module) -> tuple[str, list[nn.Module]]:
+    for name in ("layers", "h", "blocks"):
+        if name in body and isinstance(body[name], list):
+            return name, body[name]
+    raise ValueError("no list of layers in the model")

@@ -1,0 +1,46 @@
+"""Texts from a policy, by mlx-lm's own batched generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import mlx.core as mx
+from mlx_lm.generate import batch_generate
+from mlx_lm.sample_utils import make_sampler
+
+from mlxpref.mlx_backend.policy import Policy
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    adapter: bool = True,
+) -> list[str]:
+    """One text per prompt, in the order given.
+
+    Args:
+        prompts: token ids, each ending where the response begins.
+        max_tokens: most tokens of a response.
+        temperature: 0 takes the most likely token.
+        top_p: nucleus share; 1 for no limit.
+        seed: of the sampling.
+        adapter: False asks the reference instead.
+    """
+    mx.random.seed(seed)
+    policy.model.eval()
+    sampler = make_sampler(temp=temperature, top_p=top_p if top_p < 1 else 0.0)
+    with nullcontext() if adapter else policy.as_reference():
+        result = batch_generate(
+            policy.model,
+            policy.tokenizer,
+            [list(prompt) for prompt in prompts],
+            max_tokens=max_tokens,
+            sampler=sampler,
+        )
+    return list(result.texts)

@@ -1,0 +1,197 @@
+"""Token log-probs of a micro-batch: prompts once, response positions only, no vocabulary axis out.
+
+The way of one micro-batch:
+
+1. The body of the model (all but its head) reads the shared prompt parts; only keys and values (or
+   recurrent states) are kept, so the last layer's output is never computed.
+2. It reads each shelf of response rows behind the prompt each row continues.
+3. The hidden rows that predict a response token go through the model's own head in chunks. A row's
+   log-prob depends on its own hidden row only, so one ``vjp`` of the chunk with unit cotangents gives
+   log-probs and their hidden gradients in the forward pass; the backward pass is one multiplication.
+   No (tokens x vocabulary) array outlives its chunk.
+
+The head is the model's own ``__call__`` with its body replaced by a stub that returns the hidden
+chunk, so soft-caps, scales, tied and quantised heads need no case of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxpref.mlx_backend import prefix
+from mlxpref.mlx_backend.checkpointing import checkpointed_layers
+from mlxpref.records import Logps, MicroBatch
+
+HEAD_CHUNK = 512
+"""Rows of hidden states that meet the vocabulary at once."""
+
+_BODY_NAMES = ("model", "transformer", "backbone")
+
+
+class _Body:
+    """Stands in for a model's body while its head is called: returns a given hidden chunk."""
+
+    def __init__(self, body: Any, hidden: mx.array):
+        self._body = body
+        self._hidden = hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+
+def find_body(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that owns head and body, and the body's name in it.
+
+    Vision-language wrappers keep both in ``language_model``.
+
+    Returns:
+        (owner, name); name is "" when no body is known, and the whole model must be called.
+    """
+    while "language_model" in model and isinstance(model["language_model"], nn.Module):
+        model = model["language_model"]
+    for name in _BODY_NAMES:
+        if name in model and isinstance(model[name], nn.Module):
+            return model, name
+    return model, ""
+
+
+class Network:
+    """A model split into body and head, ready to give token log-probs.
+
+    Attributes:
+        model: the mlx-lm model, untouched.
+        split_head: whether body and head could be told apart; otherwise whole rows of logits are made.
+        outer: names of trainable parameters outside the layers, which the head may use.
+        grad_checkpoint: recompute layers in the backward pass.
+        first_adapted: index of the lowest layer that trains; nothing below is differentiated.
+    """
+
+    def __init__(self, model: nn.Module, *, split_head: bool = True):
+        self.model = model
+        self.owner, self.body_name = find_body(model)
+        self.split_head = split_head and bool(self.body_name)
+        self.grad_checkpoint = False
+        self.first_adapted = 0
+        self.outer: tuple[str, ...] = ()
+
+    def hidden(self, inputs: mx.array, cache: list[Any] | None) -> mx.array:
+        """(R, T) ids → (R, T, D) hidden states, or (R, T, V) logits when the head is not split."""
+        if not self.split_head:
+            return self.model(inputs, cache=cache) if cache is not None else self.model(inputs)
+        body = self.owner[self.body_name]
+        return body(inputs, cache=cache) if cache is not None else body(inputs)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """(N, D) → (N, V) logits by the model's own head."""
+        if not self.split_head:
+            return hidden
+        body = self.owner[self.body_name]
+        self.owner[self.body_name] = _Body(body, hidden[None])
+        try:
+            return self.owner(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+        finally:
+            self.owner[self.body_name] = body
+
+    def token_logps(self, micro_batch: MicroBatch, *, differentiate: bool) -> Logps:
+        """Log-probs of every response token, float32 nats, as (B, K, L)."""
+        with self._layers():
+            rows = self._response_rows(micro_batch)
+        picked = mx.take(rows, micro_batch.scored, axis=0)
+        flat = _chunked(self, picked, micro_batch.targets, differentiate)
+        padded = mx.concatenate([flat, mx.zeros((1,), mx.float32)])
+        return Logps(mx.take(padded, micro_batch.place, axis=0), micro_batch.mask)
+
+    def _response_rows(self, micro_batch: MicroBatch) -> mx.array:
+        """Hidden states of all shelves laid end to end, (ΣR·T, D)."""
+        offset = micro_batch.prompts.shape[1]
+        recorded = None
+        if offset:
+            recorded = prefix.recording(self.model)
+            self.hidden(micro_batch.prompts, recorded)
+        rows = []
+        for shelf in micro_batch.shelves:
+            cache = prefix.serving(recorded, shelf.prompt, offset) if recorded is not None else None
+            hidden = self.hidden(shelf.inputs, cache)
+            rows.append(hidden.reshape(-1, hidden.shape[-1]))
+        return mx.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    @contextmanager
+    def _layers(self) -> Iterator[None]:
+        if not self.grad_checkpoint:
+            yield
+            return
+        with checkpointed_layers(self.owner[self.body_name] if self.body_name else self.owner, self.first_adapted):
+            yield
+
+
+def _row_logps(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
+    """(N, D), (N,) → (N,) float32 log-probs of the targets."""
+    logits = network.head(hidden).astype(mx.float32)
+    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return picked - mx.logsumexp(logits, axis=-1)
+
+
+def _chunked(network: Network, hidden: mx.array, targets: mx.array, differentiate: bool) -> mx.array:
+    """Log-probs of all rows, chunk after chunk; one chunk's logits are alive at a time."""
+    score = _scorer(network) if differentiate else lambda h, t: _row_logps(network, h, t)
+    results: list[mx.array] = []
+    for start in range(0, hidden.shape[0], HEAD_CHUNK):
+        chunk, wanted = hidden[start : start + HEAD_CHUNK], targets[start : start + HEAD_CHUNK]
+        if results:
+            # Without this edge the scheduler runs all chunks side by side and nothing is saved.
+            chunk = mx.depends([chunk], [results[-1]])[0]
+        results.append(score(chunk, wanted))
+    return mx.concatenate(results) if len(results) > 1 else results[0]
+
+
+def _scorer(network: Network) -> Callable[[mx.array, mx.array], mx.array]:
+    if not network.outer:
+        return lambda hidden, targets: _unit_vjp(network, hidden, targets)
+    return lambda hidden, targets: _recomputed(network, hidden, targets)
+
+
+def _unit_vjp(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Log-probs whose gradient towards ``hidden`` was computed along with them.
+
+    For heads without trainable parameters: nothing else receives a gradient.
+    """
+
+    @mx.custom_function
+    def both(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        ones = mx.ones((hidden.shape[0],), mx.float32)
+        logps, slopes = mx.vjp(lambda h: _row_logps(network, h, targets), [hidden], [ones])
+        return logps[0], slopes[0]
+
+    @both.vjp
+    def both_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+        slope = cotangents[0][:, None] * outputs[1].astype(mx.float32)
+        return slope.astype(primals[0].dtype), mx.zeros_like(primals[1])
+
+    return both(hidden, targets)[0]
+
+
+def _recomputed(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Log-probs for heads that train: the chunk's logits are made again in the backward pass."""
+    outer = _select(network.model.trainable_parameters(), network.outer)
+
+    def score(outer: dict[str, mx.array], hidden: mx.array) -> mx.array:
+        network.model.load_weights(list(outer.items()), strict=False)
+        return _row_logps(network, hidden, targets)
+
+    result = mx.checkpoint(score)(outer, hidden)
+    network.model.load_weights(list(outer.items()), strict=False)
+    return result
+
+
+def _select(parameters: dict[str, Any], names: tuple[str, ...]) -> dict[str, mx.array]:
+    flat = dict(tree_flatten(parameters))
+    return {name: flat[name] for name in names}

@@ -1,0 +1,158 @@
+"""Which way a model's forward pass takes, found out by running it.
+
+On a handful of random tokens, log-probs and gradients of the plain forward (whole rows, no cache) are
+compared with those of the shared forward (prompt once). Sharing is chosen only when it is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxpref.errors import ModelError
+from mlxpref.mlx_backend.logps import Network
+from mlxpref.mlx_backend.policy import Policy, dtype_name
+from mlxpref.records import MicroBatch, Shelf
+
+TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
+"""Largest difference in nats, and relative gradient error, that rounding alone may explain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One comparison: largest log-prob difference (nats) and relative gradient difference."""
+
+    logps: float
+    gradients: float
+    reason: str = ""
+
+    def exact(self, tolerance: float) -> bool:
+        return not self.reason and self.logps <= tolerance and self.gradients <= tolerance
+
+
+def choose_way(policy: Policy) -> Probe:
+    """Set ``policy.way`` (and whether its head is split) by what agrees with the plain whole forward.
+
+    Raises:
+        ModelError: gradient checkpointing was asked for and is not exact on this architecture.
+    """
+    network = policy.network
+    tolerance = TOLERANCE[dtype_name(policy.model)]
+    rows = _random_rows(_vocabulary(policy))
+    wanted_checkpoint, network.grad_checkpoint = network.grad_checkpoint, False
+    training = policy.model.training
+    policy.model.eval()
+    plain = micro_batch(rows, shared=0)
+    whole = _outcome(policy, plain, Network(policy.model, split_head=False))
+    if network.split_head:
+        network.split_head = _compare(policy, plain, network, whole).exact(tolerance)
+    probe = _compare(policy, micro_batch(rows, shared=5), network, whole)
+    policy.way = "shared" if probe.exact(tolerance) else "plain"
+    if wanted_checkpoint:
+        network.grad_checkpoint = True
+        check = _compare(policy, micro_batch(rows, shared=5 if policy.share_prompts else 0), network, whole)
+        if not check.exact(tolerance):
+            raise ModelError(
+                f"gradient checkpointing is not exact on {policy.config.get('model_type')} "
+                f"({check.reason or f'gradients differ by {check.gradients:.1e}'}); train without grad_checkpoint"
+            )
+    if training:
+        policy.model.train()
+    return probe
+
+
+def _vocabulary(policy: Policy) -> int:
+    config = policy.config.get("text_config") or policy.config
+    return int(config.get("vocab_size", 256))
+
+
+def _random_rows(vocabulary: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Three prompts of 6 to 9 tokens, two responses each of 3 to 6."""
+    draw = np.random.default_rng(0)
+
+    def ids(n: int) -> list[int]:
+        return [int(token) for token in draw.integers(0, vocabulary, n)]
+
+    return [(ids(n), [ids(n - 3), ids(n - 4)]) for n in (7, 8, 9)]
+
+
+def micro_batch(rows: list[tuple[list[int], list[list[int]]]], *, shared: int) -> MicroBatch:
+    """Rows of (prompt, responses) laid out by hand, one shelf a slot, ``shared`` prompt tokens in common."""
+    n_slots = len(rows[0][1])
+    width = max(len(p) - shared + len(r) - 1 for p, responses in rows for r in responses)
+    length = max(len(r) for _, responses in rows for r in responses)
+    place = np.full((len(rows), n_slots, length), -1, np.int32)
+    shelves, scored, targets = [], [], []
+    for slot in range(n_slots):
+        inputs = np.zeros((len(rows), width), np.int32)
+        for row, (prompt, responses) in enumerate(rows):
+            tokens = prompt[shared:] + responses[slot]
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            start = (slot * len(rows) + row) * width + len(prompt) - shared - 1
+            for t, token in enumerate(responses[slot]):
+                place[row, slot, t] = len(scored)
+                scored.append(start + t)
+                targets.append(token)
+        shelves.append(Shelf(inputs, np.arange(len(rows), dtype=np.int32)))
+    place[place < 0] = len(scored)
+    return MicroBatch(
+        prompts=np.array([prompt[:shared] for prompt, _ in rows], np.int32).reshape(len(rows), shared),
+        shelves=tuple(shelves),
+        scored=np.array(scored, np.int32),
+        targets=np.array(targets, np.int32),
+        place=place,
+        mask=(place < len(scored)).astype(np.float32),
+        weights=np.ones(len(rows), np.float32),
+    )
+
+
+def _outcome(policy: Policy, batch: MicroBatch, network: Network) -> tuple[mx.array, dict[str, mx.array]]:
+    """Log-probs, and gradients of a fixed random mixture of them towards every trainable parameter.
+
+    A fresh adapter's second factor is zero and hides the first, so both are jittered for the probe.
+    """
+    from mlxpref.mlx_backend.arrays import to_mlx
+
+    start = policy.trainable()
+    key = mx.random.key(1)
+    jittered = {
+        name: value + 0.02 * mx.random.normal(value.shape, key=key).astype(value.dtype)
+        for name, value in start.items()
+    }
+    arrays = to_mlx(batch)
+    mixture = mx.random.normal(arrays.mask.shape, key=mx.random.key(2)) * arrays.mask
+
+    def total(parameters: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+        policy.model.update(tree_unflatten(list(parameters.items())))
+        logps = network.token_logps(arrays, differentiate=bool(start)).tokens
+        return (logps * mixture).sum(), logps
+
+    try:
+        if not start:
+            return total({})[1], {}
+        (_, logps), gradients = mx.value_and_grad(total)(jittered)
+        mx.eval(logps, gradients)
+        return logps, dict(tree_flatten(gradients))
+    finally:
+        policy.update(start)
+
+
+def _compare(
+    policy: Policy, batch: MicroBatch, network: Network, truth: tuple[mx.array, dict[str, mx.array]]
+) -> Probe:
+    try:
+        logps, gradients = _outcome(policy, batch, network)
+    except (ModelError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        # Any of these is a model class that does not fit the layout; the plain way needs nothing of it.
+        return Probe(np.inf, np.inf, reason=f"{type(error).__name__}: {error}")
+    gap = mx.abs(logps - truth[0]).max().item()
+    norm = sum((mx.square(g.astype(mx.float32)).sum() for g in truth[1].values()), mx.array(0.0))
+    apart = sum(
+        (mx.square((g - gradients[name]).astype(mx.float32)).sum() for name, g in truth[1].items()),
+        mx.array(0.0),
+    )
+    relative = (mx.sqrt(apart) / mx.maximum(mx.sqrt(norm), 1e-12)).item()
+    return Probe(float(gap), float(relative))

@@ -1,0 +1,298 @@
+"""One update: compiled losses and gradients of each micro-batch, then one compiled optimiser step.
+
+What the optimiser sees is the whole batch; how it is split into micro-batches changes rounding only.
+Compiled functions take every changing thing as an argument (parameters, optimiser state, random
+state, learning rate), so a shape is traced once and never again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlxpref.errors import RunError
+from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
+from mlxpref.mlx_backend.memory import memory, trim_cache
+from mlxpref.mlx_backend.optimizers import make_optimizer
+from mlxpref.mlx_backend.policy import Policy
+from mlxpref.records import Batch, Logps, MicroBatch, StepReport
+
+STATE = "step_state.safetensors"
+
+
+class _Part(NamedTuple):
+    """What one micro-batch contributes, on the device."""
+
+    losses: mx.array
+    policy_sums: mx.array
+    reference_sums: mx.array | None
+    lengths: mx.array
+
+
+def columns(policy_logps: Logps, batch: MicroBatch) -> dict[str, Any]:
+    """What an objective may ask for, by name."""
+    found: dict[str, Any] = {"policy": policy_logps, "weights": batch.weights, **batch.extras}
+    if batch.reference is not None:
+        found["reference"] = Logps(batch.reference, batch.mask)
+    if batch.scores is not None:
+        found["scores"] = batch.scores
+    return found
+
+
+class Step:
+    """The owner of weights, optimiser and random state of a run.
+
+    Calling it with a batch and a learning rate makes one update.
+
+    Attributes:
+        policy: whose trainable parameters move.
+        n_compiled: how many micro-batch shapes were traced so far.
+    """
+
+    def __init__(self, policy: Policy, objective: Any, optimizer: Any, max_grad_norm: float | None):
+        self.policy = policy
+        self.objective = objective
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.optimizer.init(policy.masters)
+        self.random = mx.random.key(0)
+        self.n_compiled = 0
+        self._step_peak = 0.0
+        self._gradients = mx.compile(self._gradients_of)
+        self._losses = mx.compile(self._losses_of)
+        self._update = mx.compile(self._update_of)
+
+    # --- traced functions: pure in their arguments ---
+
+    def _parts(
+        self, masters: dict[str, mx.array], batch: MicroBatch, differentiate: bool
+    ) -> tuple[mx.array, _Part]:
+        policy, held = self.policy, self.policy.trainable()
+        policy.update({name: value.astype(policy.dtypes[name]) for name, value in masters.items()})
+        try:
+            logps = policy.network.token_logps(batch, differentiate=differentiate)
+        finally:
+            policy.update(held)
+        losses = self.objective(columns(logps, batch))
+        reference = None if batch.reference is None else Logps(batch.reference, batch.mask).sums
+        return (losses * batch.weights).sum(), _Part(losses, logps.sums, reference, logps.lengths)
+
+    def _gradients_of(
+        self, masters: dict[str, mx.array], before: Any, batch: MicroBatch, total: mx.array, key: mx.array
+    ) -> tuple[Any, _Part]:
+        """Gradients of Σ loss / total, added to ``before`` (None for the first micro-batch)."""
+        self.n_compiled += 1
+
+        def objective(masters: dict[str, mx.array]) -> tuple[mx.array, _Part]:
+            value, part = self._parts(masters, batch, differentiate=True)
+            return value / total, part
+
+        with _random_key(key):
+            (_, part), gradients = mx.value_and_grad(objective)(masters)
+        if before is not None:
+            gradients = tree_map(lambda a, b: a + b, before, gradients)
+        return gradients, part
+
+    def _losses_of(self, masters: dict[str, mx.array], batch: MicroBatch) -> _Part:
+        return self._parts(masters, batch, differentiate=False)[1]
+
+    def _update_of(
+        self, masters: dict[str, mx.array], state: Any, gradients: dict[str, mx.array], rate: mx.array
+    ) -> tuple[dict[str, mx.array], Any, mx.array, mx.array]:
+        """Clip, update, and keep everything as it was if any gradient is not finite."""
+        norm = mx.sqrt(sum(mx.square(g).sum() for g in gradients.values()))
+        if self.max_grad_norm is not None:
+            factor = mx.minimum(self.max_grad_norm / mx.maximum(norm, 1e-6), 1.0)
+            gradients = {name: g * factor for name, g in gradients.items()}
+        finite = mx.isfinite(norm)
+        self.optimizer.state = {**state, "learning_rate": rate}
+        moved = self.optimizer.apply_gradients(gradients, masters)
+        new_state = self.optimizer.state
+
+        def keep(new: mx.array, old: mx.array) -> mx.array:
+            return mx.where(finite, new, old)
+
+        return tree_map(keep, moved, masters), tree_map(keep, new_state, state), norm, finite
+
+    # --- the step itself ---
+
+    def __call__(self, batch: Batch, learning_rate: float) -> StepReport:
+        """Make one update.
+
+        Args:
+            batch: NumPy arrays; all micro-batches that belong to the step.
+            learning_rate: of this step.
+
+        Returns:
+            What it did; ``skipped`` when a loss or gradient was not finite and nothing was changed.
+        """
+        policy = self.policy
+        self._train_mode(True)
+        self.random, key = mx.random.split(self.random)
+        total = mx.array(float(sum(part.weights.sum() for part in batch.parts)), mx.float32)
+        gradients, parts = None, []
+        for index, micro_batch in enumerate(batch.parts):
+            arrays = to_mlx(micro_batch)
+            held = policy.masters
+            gradients, part = self._gradients(held, gradients, arrays, total, mx.random.split(key, index + 2)[-1])
+            parts.append(part)
+            if index + 1 < len(batch.parts):
+                mx.eval(gradients, part)  # one micro-batch's activations at a time
+        rate = mx.array(learning_rate, mx.float32)
+        masters, state, norm, finite = self._update(policy.masters, self.optimizer.state, gradients, rate)
+        policy.set_masters(masters)
+        self.optimizer.state = state
+        mx.eval(policy.masters, policy.trainable(), state, self.random, norm, finite, parts)
+        self._tidy()
+        return _report(batch, parts, float(norm.item()), not bool(finite.item()))
+
+    def evaluate(self, batch: Batch) -> StepReport:
+        """Losses and log-probs of a batch under the current weights, dropout off; nothing moves."""
+        self._train_mode(False)
+        parts = []
+        for micro_batch in batch.parts:
+            parts.append(self._losses(self.policy.masters, to_mlx(micro_batch)))
+            mx.eval(parts[-1])
+        return _report(batch, parts, 0.0, False)
+
+    def _train_mode(self, on: bool) -> None:
+        if self.policy.model.training != on:
+            self.policy.model.train(on)
+
+    def _tidy(self) -> None:
+        self._step_peak = max(self._step_peak, memory()["peak"])
+        trim_cache(self._step_peak)
+
+    # --- what a checkpoint keeps ---
+
+    def save_state(self, folder: Path) -> None:
+        """Write float32 masters, optimiser state and random state to ``step_state.safetensors``."""
+        state = {f"masters.{name}": value for name, value in self.policy.masters.items()}
+        state |= {f"optimizer.{name}": value for name, value in tree_flatten(self.optimizer.state)}
+        state["random"] = self.random
+        mx.save_safetensors(str(folder / STATE), state)
+
+    def load_state(self, folder: Path) -> None:
+        """Take up what ``save_state`` wrote, bit for bit.
+
+        Raises:
+            RunError: the file is missing, damaged, or of a run with other parameters.
+        """
+        file = folder / STATE
+        try:
+            state = mx.load(str(file))
+        except (RuntimeError, ValueError) as error:
+            raise RunError(f"{file}: cannot be read ({error})") from error
+        masters = {n.removeprefix("masters."): v for n, v in state.items() if n.startswith("masters.")}
+        if {n: v.shape for n, v in masters.items()} != {n: v.shape for n, v in self.policy.masters.items()}:
+            raise RunError(f"{file}: holds other parameters than this configuration trains")
+        moments = [(n.removeprefix("optimizer."), v) for n, v in state.items() if n.startswith("optimizer.")]
+        self.policy.set_masters(masters)
+        self.optimizer.state = tree_unflatten(moments)
+        self.random = state["random"]
+
+
+class _random_key:  # noqa: N801 - reads as a statement: with _random_key(key)
+    """Seeds dropout inside a traced function from an explicit key, and restores the global state."""
+
+    def __init__(self, key: mx.array):
+        self.key = key
+
+    def __enter__(self) -> None:
+        self.held = mx.random.state[0]
+        mx.random.state[0] = self.key
+
+    def __exit__(self, *_: object) -> None:
+        mx.random.state[0] = self.held
+
+
+def _report(batch: Batch, parts: list[_Part], norm: float, skipped: bool) -> StepReport:
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([np.array(getattr(part, name)) for part in parts])
+
+    losses = joined("losses")
+    weights = np.concatenate([np.asarray(part.weights) for part in batch.parts])
+    counted = sum(part.mask.sum() + _prompt_tokens(part) for part in batch.parts)
+    return StepReport(
+        loss=float((losses * weights).sum() / max(weights.sum(), 1e-12)),
+        losses=losses,
+        policy_sums=joined("policy_sums"),
+        reference_sums=None if parts[0].reference_sums is None else joined("reference_sums"),
+        lengths=joined("lengths"),
+        grad_norm=norm,
+        skipped=skipped,
+        n_tokens=int(counted),
+    )
+
+
+def _prompt_tokens(part: MicroBatch) -> int:
+    return int(np.prod(part.prompts.shape))
+
+
+def make_step(
+    policy: Policy,
+    objective: Any,
+    *,
+    optimizer: str = "adamw",
+    optimizer_options: dict[str, Any] | None = None,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+) -> Step:
+    """The compiled update of a policy under an objective.
+
+    Args:
+        policy: with trainable parameters.
+        objective: a resolved objective; called with the columns of each micro-batch.
+        optimizer, optimizer_options, weight_decay: see ``make_optimizer``.
+        max_grad_norm: global norm to clip to; None for no clipping.
+
+    Raises:
+        ConfigError: of ``make_optimizer``.
+    """
+    return Step(policy, objective, make_optimizer(optimizer, weight_decay, optimizer_options), max_grad_norm)
+
+
+def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> Logps:
+    """Log-probs of every response token under the policy or its reference, dropout off.
+
+    Args:
+        micro_batch: NumPy arrays.
+        reference: take the adapter out (or put back the one the policy started from).
+
+    Returns:
+        NumPy float32, (B, K, L), nats.
+    """
+    was_training = policy.model.training
+    if was_training:
+        policy.model.eval()
+    try:
+        return to_numpy(_forward(policy, to_mlx(micro_batch), reference))
+    finally:
+        if was_training:
+            policy.model.train()
+
+
+def _forward(policy: Policy, arrays: MicroBatch, reference: bool) -> Logps:
+    if reference not in policy.compiled:
+        # Weights that move are arguments; a captured array would be a constant of the graph.
+        def forward(parameters: dict[str, mx.array], batch: MicroBatch) -> Logps:
+            held = policy.trainable()
+            policy.update(parameters)
+            try:
+                return policy.network.token_logps(batch, differentiate=False)
+            finally:
+                policy.update(held)
+
+        policy.compiled[reference] = mx.compile(forward)
+    if not reference:
+        result = policy.compiled[reference](policy.trainable(), arrays)
+        mx.eval(result)
+        return result
+    with policy.as_reference():
+        result = policy.compiled[reference](policy.trainable(), arrays)
+        mx.eval(result)
+        return result

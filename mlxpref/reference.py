@@ -1,0 +1,281 @@
+"""Reference log-probs: computed once, kept on disk, found again by what they depend on.
+
+A reference log-prob depends on the reference's weights and on the token ids before it, nothing else.
+So a store is a folder named by the policy's fingerprint (weights and starting adapter), and in it a
+response is found by a hash of its prompt's and its own token ids. Another tokenizer, template, goal or
+text gives other ids, and only what differs is computed again.
+
+A store holds *shards* that never change once they have their name, which is a hash of their bytes:
+a shard that does not match its name is damaged. Several processes may read and write one store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxpref.data.batching import collate
+from mlxpref.data.plan import plan_pass
+from mlxpref.errors import RunError
+from mlxpref.files import written_aside
+from mlxpref.records import Tokenized
+
+FLUSH_SECONDS = 30.0
+"""Log-probs wait in memory at most this long before they are on disk."""
+
+FLUSH_VALUES = 1 << 20
+"""… and at most this many of them (4 MiB)."""
+
+_MAGIC = b"mlxpref-logps-1\n"
+_KEY = 32  # bytes of a sha256
+
+
+def response_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
+    """32 bytes that name a response behind its prompt; the place of the boundary counts."""
+    digest = hashlib.sha256(struct.pack("<q", len(prompt_ids)))
+    digest.update(np.ascontiguousarray(prompt_ids, "<i4"))
+    digest.update(np.ascontiguousarray(response_ids, "<i4"))
+    return digest.digest()
+
+
+def row_keys(row: Tokenized) -> tuple[bytes, ...]:
+    """The keys of a row's K responses."""
+    return tuple(response_key(row.prompt_ids, ids) for ids in row.response_ids)
+
+
+def default_store_folder() -> Path:
+    """``$MLXPREF_CACHE/reference``, or ``mlxpref/reference`` in the platform's cache folder."""
+    given = os.environ.get("MLXPREF_CACHE")
+    if given:
+        return Path(given).expanduser() / "reference"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlxpref" / "reference"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxpref" / "reference"
+
+
+class ReferenceStore:
+    """Token log-probs on disk by (prompt ids, response ids), of one reference.
+
+    Attributes:
+        folder: of this reference's shards: the given folder and the fingerprint within.
+        said: what was noticed while opening: damaged shards, in words. Those are removed, and their
+            rows, missing now, are computed and written again.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """Open (or begin) the store of the reference called ``fingerprint`` in ``folder``."""
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fingerprint)
+        name = fingerprint if plain else hashlib.sha256(fingerprint.encode()).hexdigest()
+        self.folder = Path(folder).expanduser() / name
+        self.said: tuple[str, ...] = ()
+        self._known: dict[bytes, np.ndarray] = {}
+        self._unwritten: dict[bytes, np.ndarray] = {}
+        for file in sorted(self.folder.glob("*.shard")):
+            self._open_shard(file)
+
+    def __len__(self) -> int:
+        """Responses known."""
+        return len(self._known)
+
+    def get(self, row: Tokenized) -> list[np.ndarray] | None:
+        """K arrays (n_k,) float32 in nats, or None unless all K responses are known."""
+        found = [self._known.get(key) for key in row_keys(row)]
+        return None if any(logps is None for logps in found) else [x for x in found if x is not None]
+
+    def put(self, row: Tokenized, logps: Sequence[np.ndarray]) -> None:
+        """Remember K arrays (n_k,) of log-probs of a row; ``flush`` brings them to disk.
+
+        Raises:
+            ValueError: lengths differ from the row's responses.
+        """
+        lengths = [len(ids) for ids in row.response_ids]
+        if [len(values) for values in logps] != lengths:
+            raise ValueError(f"log-probs of {[len(v) for v in logps]} tokens for responses of {lengths}")
+        for key, values in zip(row_keys(row), logps, strict=True):
+            if key not in self._known:
+                self._known[key] = self._unwritten[key] = np.array(values, np.float32)
+
+    @property
+    def n_unwritten(self) -> int:
+        """Log-probs that are not on disk yet."""
+        return sum(map(len, self._unwritten.values()))
+
+    def flush(self) -> None:
+        """Write what is not on disk yet as one new shard. RunError when the disk refuses."""
+        if not self._unwritten:
+            return
+        content = _pack(self._unwritten)
+        with written_aside(self.folder / f"{_checksum(content)}.shard") as aside:
+            aside.write_bytes(content)
+        self._unwritten = {}
+
+    def _open_shard(self, file: Path) -> None:
+        try:
+            # Mapped and not read: a store may be larger than memory has room for.
+            content = np.memmap(file, np.uint8, mode="r")
+            entries = list(_unpack(content)) if _checksum(content) == file.stem else None
+        except (OSError, ValueError):  # an empty file cannot be mapped
+            entries = None
+        if entries is None:
+            self._discard(file)
+        else:
+            self._known.update(entries)
+
+    def _discard(self, file: Path) -> None:
+        try:
+            file.unlink(missing_ok=True)
+            what = "was removed; its log-probs are computed again"
+        except OSError as error:
+            what = f"is ignored ({error.strerror}); its log-probs are computed again"
+        self.said += (f"reference store: {file} is damaged and {what}",)
+
+
+def _checksum(content: bytes | np.ndarray) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _pack(entries: dict[bytes, np.ndarray]) -> bytes:
+    """A shard: magic, count (int64), keys (32 bytes each), lengths (int32), values (float32)."""
+    lengths = np.array([len(values) for values in entries.values()], "<i4")
+    values = np.concatenate(list(entries.values())).astype("<f4")
+    return b"".join(
+        (_MAGIC, struct.pack("<q", len(entries)), *entries, lengths.tobytes(), values.tobytes())
+    )
+
+
+def _unpack(content: np.ndarray) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Keys and views into the shard's values. ValueError if this is no shard of ours."""
+    start = len(_MAGIC) + 8
+    if content[: len(_MAGIC)].tobytes() != _MAGIC:
+        raise ValueError("not a shard of reference log-probs, or of another version")
+    (count,) = struct.unpack("<q", content[len(_MAGIC) : start].tobytes())
+    keys = content[start : start + count * _KEY].tobytes()
+    start += count * _KEY
+    lengths = content[start : start + 4 * count].view("<i4")
+    values = content[start + 4 * count :].view("<f4")
+    ends = np.cumsum(lengths)
+    for index, (end, length) in enumerate(zip(ends.tolist(), lengths.tolist(), strict=True)):
+        yield keys[index * _KEY : (index + 1) * _KEY], values[end - length : end]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCounts:
+    """How many rows' reference log-probs were computed now, and how many were known before."""
+
+    computed: int = 0
+    reused: int = 0
+
+    def __str__(self) -> str:
+        return f"reference log-probs: {self.computed} rows computed, {self.reused} reused"
+
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows to do) after each micro-batch."""
+
+
+def logps_pass(
+    rows: Sequence[Tokenized],
+    backend: Any,
+    policy: Any,
+    *,
+    reference: bool,
+    micro_batch_tokens: int = 8192,
+    on_progress: Progress | None = None,
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """One forward pass over rows: yields (row, its K arrays (n_k,) float32, nats), in order of length.
+
+    Args:
+        rows: any K, also mixed.
+        backend: module with ``token_logps``.
+        reference: log-probs of the reference instead of the policy.
+        micro_batch_tokens: padded tokens of one micro-batch.
+
+    Raises:
+        RunError: a log-prob is not finite.
+    """
+    if not rows:
+        return
+    plan = plan_pass(rows, micro_batch_tokens=micro_batch_tokens, share_prompts=policy.share_prompts)
+    done = 0
+    for part in (part for step in plan.steps for part in step):
+        tokens = np.asarray(backend.token_logps(policy, collate(rows, part), reference=reference).tokens)
+        for index, of_row in zip(part.rows, tokens, strict=True):
+            row = rows[index]
+            logps = [
+                np.array(values[: len(ids)], np.float32)
+                for values, ids in zip(of_row, row.response_ids, strict=True)
+            ]
+            _check_finite(row, logps, "reference" if reference else "policy")
+            yield index, logps
+        done += len(part.rows)
+        if on_progress is not None:
+            on_progress(done, len(rows))
+
+
+def _check_finite(row: Tokenized, logps: Sequence[np.ndarray], whose: str) -> None:
+    if not all(np.isfinite(values).all() for values in logps):
+        raise RunError(
+            f"the {whose}'s log-probs of example {row.example_id} are not finite. The weights may be "
+            "damaged, or overflow in float16: load the model with dtype float32 or bfloat16."
+        )
+
+
+def reference_logps(
+    rows: Sequence[Tokenized],
+    backend: Any,
+    policy: Any,
+    store: ReferenceStore | None,
+    *,
+    micro_batch_tokens: int = 8192,
+    on_progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[list[list[np.ndarray]], ReferenceCounts]:
+    """Reference log-probs of every row, from the store where it has them.
+
+    What is computed is written at least every ``FLUSH_SECONDS`` and when anything interrupts, so that
+    a later call goes on from there.
+
+    Args:
+        rows: a row that occurs twice is computed once.
+        store: None computes everything and keeps nothing.
+        on_progress: called with (rows computed, rows to compute).
+
+    Returns:
+        for each row K arrays (n_k,) float32 in nats, and what was computed and reused.
+
+    Raises:
+        RunError: a log-prob is not finite, or the store cannot be written.
+    """
+    keys = [row_keys(row) for row in rows]
+    known = {key: store.get(row) for key, row in zip(keys, rows, strict=True)} if store else {}
+    missing = {key: row for key, row in zip(keys, rows, strict=True) if known.get(key) is None}
+    found = {key: logps for key, logps in known.items() if logps is not None}
+    names, todo = list(missing), list(missing.values())
+    computing = logps_pass(
+        todo, backend, policy,
+        reference=True, micro_batch_tokens=micro_batch_tokens, on_progress=on_progress,
+    )  # fmt: skip
+    written = clock()
+    try:
+        for index, logps in computing:
+            found[names[index]] = logps
+            if store is None:
+                continue
+            store.put(todo[index], logps)
+            if store.n_unwritten >= FLUSH_VALUES or clock() - written > FLUSH_SECONDS:
+                store.flush()
+                written = clock()
+    finally:
+        if store is not None:
+            store.flush()
+    return [found[key] for key in keys], ReferenceCounts(len(todo), len(rows) - len(todo))
