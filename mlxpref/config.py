@@ -126,9 +126,10 @@ class RelabelSection(Section):
     template: str | None = None
     carrier: Literal["auto", "system", "first_user"] = "auto"
     score_range: tuple[Real, Real] | None = None
-    goal_range: tuple[Real, Real] = (1.0, 10.0)
-    mapping: Literal["identity", "affine", "quantile"] = "affine"
-    number_format: Annotated[Whole, Field(ge=0, le=6)] | None = None
+    goal_range: tuple[Real, Real] | None = None
+    mapping: Literal["auto", "identity", "affine", "quantile"] = "auto"
+    number_format: Annotated[Whole, Field(ge=0, le=15)] | None = None
+    top_goal: Real | dict[str, Real] | None = None
     attributes: tuple[str, ...] = ()
     halves: Literal["both", "chosen", "rejected"] = "both"
     ties: Literal["drop", "keep"] = "drop"

@@ -148,9 +148,7 @@ def _pack(entries: dict[bytes, np.ndarray]) -> bytes:
     """A shard: magic, count (int64), keys (32 bytes each), lengths (int32), values (float32)."""
     lengths = np.array([len(values) for values in entries.values()], "<i4")
     values = np.concatenate(list(entries.values())).astype("<f4")
-    return b"".join(
-        (_MAGIC, struct.pack("<q", len(entries)), *entries, lengths.tobytes(), values.tobytes())
-    )
+    return b"".join((_MAGIC, struct.pack("<q", len(entries)), *entries, lengths.tobytes(), values.tobytes()))
 
 
 def _unpack(content: np.ndarray) -> Iterator[tuple[bytes, np.ndarray]]:
@@ -228,6 +226,29 @@ def _check_finite(row: Tokenized, logps: Sequence[np.ndarray], whose: str) -> No
             f"the {whose}'s log-probs of example {row.example_id} are not finite. The weights may be "
             "damaged, or overflow in float16: load the model with dtype float32 or bfloat16."
         )
+
+
+def policy_logps(
+    rows: Sequence[Tokenized],
+    backend: Any,
+    policy: Any,
+    *,
+    micro_batch_tokens: int = 8192,
+    on_progress: Progress | None = None,
+) -> list[list[np.ndarray]]:
+    """For each row K arrays (n_k,) float32 of the policy's own log-probs, nats; nothing is kept.
+
+    A row that occurs twice is computed once. RunError if a log-prob is not finite.
+    """
+    keys = [row_keys(row) for row in rows]
+    distinct = dict(zip(keys, rows, strict=True))
+    names, todo = list(distinct), list(distinct.values())
+    computing = logps_pass(
+        todo, backend, policy,
+        reference=False, micro_batch_tokens=micro_batch_tokens, on_progress=on_progress,
+    )  # fmt: skip
+    found = {names[index]: logps for index, logps in computing}
+    return [found[key] for key in keys]
 
 
 def reference_logps(

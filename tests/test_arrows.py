@@ -18,26 +18,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "mlxpref"
 
 VALUES = {"records", "errors"}
-FILED = VALUES | {"files", "hub"}
+FILED = VALUES | {"files", "locks", "hub"}
 SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "data", "config", "config_layers"}
-RUNS = SPINE | {
-    "runs",
-    "reference",
-    "rewards",
-    "report",
-    "train",
-    "evaluate",
-    "generate",
-    "parity",
-    "sandbox",
-}
+LOOP = SPINE | {"runs", "reference", "schedules", "callbacks", "loop"}
+RUNS = LOOP | {"rewards", "report", "train", "evaluate", "generate", "parity", "sandbox"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "errors": set(),
     "blas": set(),
     "files": VALUES,
-    "hub": FILED,
+    "locks": VALUES,
+    "hub": VALUES,
+    "schedules": VALUES,
     "ops": VALUES,
     "objectives": VALUES | {"ops"},
     "metrics": VALUES | {"ops"},
@@ -49,8 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": FILED | {"data"},
     "rewards": FILED | {"data", "backends"},
     "report": FILED | {"metrics", "runs", "config"},
-    "mlx_backend": FILED | {"ops", "objectives", "data", "blas"},
-    "torch_backend": FILED | {"ops", "objectives", "data"},
+    "mlx_backend": FILED | {"ops", "objectives", "data", "callbacks", "blas"},
+    "torch_backend": FILED | {"ops", "objectives", "data", "callbacks"},
+    "callbacks": VALUES | {"loop"},  # loop: the type of its result
+    "loop": LOOP,
     "train": RUNS,
     "evaluate": RUNS,
     "generate": RUNS,

@@ -73,7 +73,7 @@ VALUES = [
     (lambda x: ops.clip(x, -1.0, 2.5), lambda x: min(max(x, -1.0), 2.5)),
     (lambda x: ops.exp(ops.clip(x, high=50.0)), lambda x: math.exp(min(x, 50.0))),
     (lambda x: ops.expm1(ops.clip(x, high=50.0)), lambda x: math.expm1(min(x, 50.0))),
-    (lambda x: ops.log(ops.absolute(x) + 1), lambda x: math.log(abs(x) + 1)),
+    (lambda x: ops.log(ops.absolute(x) + 3), lambda x: math.log(abs(x) + 3)),
     (lambda x: ops.log1p(ops.absolute(x)), lambda x: math.log1p(abs(x))),
     (lambda x: ops.where(x > 0.5, x, -2 * x), lambda x: x if x > 0.5 else -2 * x),
     (ops.stop_gradient, lambda x: x),
@@ -122,7 +122,7 @@ def test_functions_along_an_axis(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", LIBRARIES)
-@pytest.mark.parametrize("function", [ops.relu, ops.sigmoid, ops.log_sigmoid, lambda x: ops.clip(x, 0.0, 1.0)])
+@pytest.mark.parametrize("function", [ops.relu, ops.sigmoid, ops.log_sigmoid, lambda x: ops.clip(x, 0, 1)])
 def test_a_python_number_does_not_change_the_dtype(make: Any, function: Any) -> None:
     """Finds: a formula that is silently float64 on one side of a comparison."""
     x = make([0.5, -0.5])

@@ -146,7 +146,8 @@ def _plan(
     share_prompts: bool,
     max_shapes: int,
 ) -> Plan:
-    splitter = Splitter(rows, share_prompts=share_prompts, budget=budget)
+    # An eighth of the budget is left to merging, which pads micro-batches further.
+    splitter = Splitter(rows, share_prompts=share_prompts, budget=budget * 7 // 8)
     parts = _split_all(splitter, batches, limit, max_shapes) if batches else []
     needs = [part.shape for step in parts for part in step]
     merged = iter(merge_shapes(needs, max_shapes=max_shapes, max_slots=budget))
@@ -159,7 +160,7 @@ def _split_all(
 ) -> list[list[PlannedPart]]:
     """Parts of every batch. Only shapes of one (B, K) merge, so these kinds must leave room: where a
     fine choice of B makes too many kinds, a coarser one is taken."""
-    for coarse in range(4):
+    for coarse in range(3):
         parts = splitter.split(batches, sizes_up_to(limit, coarse=coarse))
         kinds = len({(part.shape.n, part.shape.responses) for step in parts for part in step})
         if kinds <= max_shapes // 4:

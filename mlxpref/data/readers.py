@@ -114,7 +114,8 @@ def _is_json(line: bytes) -> bool:
 def _array(value: Any, file: Path) -> list[Any]:
     if isinstance(value, list):
         return value
-    arrays = {key: item for key, item in value.items() if isinstance(item, list)} if isinstance(value, dict) else {}
+    members = value.items() if isinstance(value, dict) else ()
+    arrays = {key: item for key, item in members if isinstance(item, list)}
     if len(arrays) == 1:
         return next(iter(arrays.values()))
     found = f"{len(arrays)} arrays ({', '.join(arrays)})" if arrays else "no array"

@@ -11,15 +11,16 @@ row has every column, so that a reader may infer types from any of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from mlxpref.data.folders import folder_aside
 from mlxpref.data.recipe import Recipe
+from mlxpref.data.rowfiles import parquet_schema, read_rows, write_jsonl, write_parquet
 from mlxpref.errors import DataError, UsageError
-from mlxpref.files import written_aside
 from mlxpref.records import Conditioned, Counts, Message
 
 MARK = "mlxpref_relabelled"
@@ -32,9 +33,6 @@ FIXED = (
     "prompt", "chosen", "rejected", "responses", "goal", "goal_text", "half", "score_chosen",
     "score_rejected", "scores", "example_id", "attributes",
 )  # fmt: skip
-
-PARQUET_ROWS = 1000
-"""Rows of a Parquet row group."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Relabelled:
             raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
         file = self.splits[split]
         rows = []
-        for where, row in _file_rows(file):
+        for where, row in read_rows(file):
             try:
                 rows.append(_from_row(row, self.extras))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -145,10 +143,15 @@ def write_relabelled(
         "extras": layout.extras,
     }
     replaceable = is_relabelled if overwrite else None
-    with written_aside(folder, replaceable=replaceable) as aside:
+    schema = None if file_format == "jsonl" else _schema(chain.from_iterable(splits.values()), layout)
+    with folder_aside(folder, replaceable=replaceable) as aside:
         for name, rows in splits.items():
-            write = _write_jsonl if file_format == "jsonl" else _write_parquet
-            write(aside / f"{name}.{file_format}", rows, layout)
+            file = aside / f"{name}.{file_format}"
+            named_rows = ((row.example_id, _to_row(row, layout)) for row in rows)
+            if schema is None:
+                write_jsonl(file, named_rows)
+            else:
+                write_parquet(file, named_rows, schema)
         text = json.dumps(card, indent=2, ensure_ascii=False)
         (aside / CARD).write_text(text + "\n", encoding="utf8")
 
@@ -164,15 +167,23 @@ class _Layout:
     attributes: tuple[str, ...]
     extras: dict[str, str]
     goals: tuple[str, ...]
+    rich_turns: bool
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        absent = set() if self.lists else {"responses", "scores"}
+        absent |= set() if self.attributes else {"attributes"}
+        return (*(name for name in FIXED if name not in absent), *self.extras)
 
 
 def _layout(rows: Iterable[Conditioned]) -> _Layout:
-    lists = False
+    lists = rich_turns = False
     attributes: dict[str, None] = {}
     goals: dict[str, None] = {}
     extras: dict[str, str] = {}
     for row in rows:
         lists = lists or len(row.responses) > 2
+        rich_turns = rich_turns or any(message.extra for message in row.prompt)
         attributes |= dict.fromkeys(row.attributes)
         goals |= dict.fromkeys(row.goal if isinstance(row.goal, Mapping) else ())
         for name, value in row.extras.items():
@@ -181,7 +192,7 @@ def _layout(rows: Iterable[Conditioned]) -> _Layout:
     taken = sorted(set(extras) & set(FIXED))
     if taken:
         raise DataError(f"extra columns bear names of our own: {', '.join(taken)}; rename them in the source")
-    return _Layout(lists, tuple(attributes), extras, tuple(goals))
+    return _Layout(lists, tuple(attributes), extras, tuple(goals), rich_turns)
 
 
 def _to_row(row: Conditioned, layout: _Layout) -> dict[str, Any]:
@@ -191,7 +202,9 @@ def _to_row(row: Conditioned, layout: _Layout) -> dict[str, Any]:
     goal: Any = row.goal
     if isinstance(goal, Mapping):
         goal = {name: float(goal[name]) for name in layout.goals}
-    columns: dict[str, Any] = {
+    own = {name: list(map(float, values)) for name, values in row.attributes.items()}
+    values: dict[str, Any] = {
+        **{name: row.extras.get(name) for name in layout.extras},
         "prompt": [message.as_dict() for message in row.prompt],
         "chosen": turns[0],
         "rejected": turns[-1],
@@ -201,13 +214,11 @@ def _to_row(row: Conditioned, layout: _Layout) -> dict[str, Any]:
         "score_chosen": scores[0] if scores else None,
         "score_rejected": scores[-1] if scores else None,
         "example_id": row.example_id,
+        "responses": turns,
+        "scores": scores,
+        "attributes": {name: own.get(name) for name in layout.attributes},
     }
-    if layout.lists:
-        columns |= {"responses": turns, "scores": scores}
-    if layout.attributes:
-        own = {name: list(map(float, values)) for name, values in row.attributes.items()}
-        columns["attributes"] = {name: own.get(name) for name in layout.attributes}
-    return columns | {name: row.extras.get(name) for name in layout.extras}
+    return {name: values[name] for name in layout.columns}
 
 
 def _from_row(row: Mapping[str, Any], extras: Mapping[str, str]) -> Conditioned:
@@ -237,51 +248,31 @@ def _from_row(row: Mapping[str, Any], extras: Mapping[str, str]) -> Conditioned:
     )
 
 
-# --- files ---
-
-
-def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a JSONL or Parquet file."""
-    if file.suffix == ".parquet":
-        yield from _parquet_rows(file)
-        return
-    with file.open(encoding="utf8", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}:{number}: not JSON ({error})") from error
-            yield f"{file}:{number}", row
-
-
-def _write_jsonl(file: Path, rows: Sequence[Conditioned], layout: _Layout) -> None:
-    with file.open("w", encoding="utf8", newline="\n") as lines:
-        for row in rows:
-            try:
-                text = json.dumps(_to_row(row, layout), ensure_ascii=False, allow_nan=False)
-                lines.write(_one_line(text) + "\n")
-            except (UnicodeEncodeError, TypeError, ValueError) as error:
-                raise DataError(f"example {row.example_id!r} cannot be written as JSON: {error}") from error
-
-
-def _one_line(text: str) -> str:
-    """The separators that some readers take for the end of a line, escaped."""
-    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
-
-
-def _write_parquet(file: Path, rows: Sequence[Conditioned], layout: _Layout) -> None:
+def _schema(rows: Iterable[Conditioned], layout: _Layout) -> Any:
+    """The Parquet schema of these rows. Prompts whose turns hold more than text are inferred."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    schema = _schema(rows, layout)
-    as_json = [f.name for f in schema if f.metadata and f.metadata.get(b"mlxpref") == b"json"]
-    with pq.ParquetWriter(file, schema) as writer:
-        for some in batched(rows, PARQUET_ROWS):
-            found = [_to_row(row, layout) for row in some]
-            for row in found:
-                row |= {name: None if row[name] is None else json.dumps(row[name]) for name in as_json}
-            try:
-                writer.write_table(pa.Table.from_pylist(found, schema=schema))
-            except (pa.ArrowException, UnicodeEncodeError, TypeError) as error:
-                near = f"{some[0].example_id!r} to {some[-1].example_id!r}"
-                raise DataError(f"examples {near} cannot be written as Parquet: {error}") from error
+    number, text = pa.float64(), pa.string()
+    turns = pa.list_(pa.struct([("role", text), ("content", text)]))
+    fixed = {
+        "prompt": turns,
+        "chosen": turns,
+        "rejected": turns,
+        "responses": pa.list_(turns),
+        "goal": pa.struct([(name, number) for name in layout.goals]) if layout.goals else number,
+        "goal_text": text,
+        "half": text,
+        "score_chosen": number,
+        "score_rejected": number,
+        "scores": pa.list_(number),
+        "example_id": text,
+        "attributes": pa.struct([(name, pa.list_(number)) for name in layout.attributes]),
+    }
+    if layout.rich_turns:
+        del fixed["prompt"]
+    columns = layout.columns
+    return parquet_schema(
+        columns,
+        {name: fixed[name] for name in columns if name in fixed},
+        (_to_row(row, layout) for row in rows),
+    )

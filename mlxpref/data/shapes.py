@@ -13,18 +13,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LENGTHS = [8, 12, *(step << k for k in range(2, 22) for step in (4, 5, 6))]
-"""8, 12, 16, 20, 24, 32, 40, 48, 64, 80, …: steps of about a quarter."""
 
-_SIZES = (
-    [1, *(step << k for k in range(24) for step in (2, 3))],
-    [1 << k for k in range(24)],
-    [1],
-)
-"""Examples of a micro-batch, finer and coarser, so that sizes too are few."""
+def _ladder(longest: int) -> list[int]:
+    lengths = [8]
+    while lengths[-1] < longest:
+        lengths.append(lengths[-1] + max(8, 1 << lengths[-1].bit_length() >> 5))
+    return lengths
+
+
+LENGTHS = _ladder(1 << 22)
+"""Multiples of 8 up to 256, then sixteen steps to each doubling. Merging decides which of them are used,
+and pads less when the ladder is fine."""
 
 _MANY = 768
 """Distinct shapes that are merged pair by pair; more are first gathered in coarse cells."""
+
+_SHAPE_COST = 4096
+"""What one more shape costs, in positions: its graph is traced and compiled. Short runs have few shapes."""
 
 _LAST = 1e15
 """Added to the cost of a merge that should come after all others."""
@@ -78,28 +83,27 @@ def ceil_scored(n: int) -> int:
 
 
 def sizes_up_to(limit: int, *, coarse: int = 0) -> list[int]:
-    """Numbers of examples a micro-batch may have, descending.
+    """Numbers of examples a micro-batch may have, descending; few, since only equal ones can be merged.
 
-    ``coarse`` 0: 1, 2, 3, 4, 6, 8, … and ``limit`` itself; 1: powers of two and ``limit``;
-    2: 1 and ``limit``; 3: 1.
+    ``coarse`` 0: powers of two and ``limit`` itself; 1: 1 and ``limit``; 2: 1.
     """
-    if coarse == 3:
-        return [1]
-    return sorted({limit, *(size for size in _SIZES[coarse] if size < limit)}, reverse=True)
+    powers = [1 << k for k in range(limit.bit_length())]
+    return sorted({*powers, limit} if coarse == 0 else {1, limit} if coarse == 1 else {1}, reverse=True)
 
 
 def merge_shapes(needs: Sequence[Shape], *, max_shapes: int, max_slots: int) -> list[Shape]:
     """For each need a shape that fits it, at most ``max_shapes`` different ones in all.
 
-    Shapes of the same B and K are merged greedily, the pair first that adds the least padding; merges
-    that would carry a micro-batch over ``max_slots`` positions come last. Afterwards each need moves
-    to the cheapest shape that fits it, and every shape shrinks to what its needs require.
+    Shapes of the same B and K are merged greedily, the pair first that adds the least padding, until
+    they are few enough and the next merge costs more than a shape; merges that would carry a
+    micro-batch over ``max_slots`` positions come last. Afterwards each need moves to the cheapest
+    shape that fits it, and every shape shrinks to what its needs require.
 
     Raises:
         ValueError: more kinds of (B, K) than ``max_shapes``; those cannot be merged.
     """
-    if len(set(needs)) <= max_shapes:
-        return list(needs)
+    if not needs:
+        return []
     distinct, where, counts = np.unique(_as_rows(needs), axis=0, return_inverse=True, return_counts=True)
     kinds = len(np.unique(distinct[:, :2], axis=0))
     if kinds > max_shapes:
@@ -168,8 +172,10 @@ def _merge_greedily(
     merged_into = np.arange(len(joined))
     alive = np.ones(len(joined), bool)
     added = np.stack([_added(joined, weight, a, max_slots) for a in range(len(joined))])
-    for _ in range(len(joined) - max_groups):
+    for n_groups in range(len(joined), 1, -1):
         a, b = divmod(int(added.argmin()), len(joined))
+        if added[a, b] > (np.inf if n_groups > max_groups else _SHAPE_COST):
+            break
         joined[a] = np.maximum(joined[a], joined[b])
         weight[a] += weight[b]
         alive[b] = False

@@ -107,7 +107,7 @@ def open_table(spec: SourceSpec) -> Table:
 
 
 def _like(path: Path) -> str:
-    """"; did you mean …" with the nearest name that does exist beside it, or nothing."""
+    """ "; did you mean …" with the nearest name that does exist beside it, or nothing."""
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, beside, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -154,7 +154,7 @@ def _folder_table(folder: Path, spec: SourceSpec) -> Table:
     files = splits[split]
     if len({ending(file) for file in files}) > 1:
         names = ", ".join(file.name for file in files)
-        raise DataError(f"{folder}: several files hold the split {split!r} ({names}); name one of them as the path")
+        raise DataError(f"{folder}: several files hold the split {split!r} ({names}); give one as the path")
     return _files_table(files, files[0].name if len(files) == 1 else split, split, tuple(splits), spec)
 
 
@@ -175,13 +175,18 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
             return {"train": files}
         if files:
             names = ", ".join(f.name for f in files[:5])
-            raise DataError(f"{folder}: which file is the training data? Found {names}; name one, or call it train")
-    raise DataError(f"{folder}: no data files; looked for train, valid, test with {', '.join((*READERS, '.parquet'))}")
+            raise DataError(
+                f"{folder}: no file is named train, valid or test; found {names}. Give one as the path"
+            )
+    raise DataError(f"{folder}: no data files; looked for {', '.join((*READERS, '.parquet'))}")
 
 
-def _files_table(files: list[Path], name: str, split: str, splits: tuple[str, ...], spec: SourceSpec) -> Table:
+def _files_table(
+    files: list[Path], name: str, split: str, splits: tuple[str, ...], spec: SourceSpec
+) -> Table:
     if ending(files[0]) == ".parquet":
-        data = _datasets_load("parquet", data_files=[str(f) for f in files], split="train", streaming=spec.streaming)
+        paths = [str(file) for file in files]
+        data = _datasets_load("parquet", data_files=paths, split="train", streaming=spec.streaming)
         return _rows_table(data, name, split, splits)
 
     def rows() -> Rows:
@@ -215,8 +220,8 @@ def _hub_table(spec: SourceSpec) -> Table:
 def _datasets_load(path: str, **options: Any) -> Any:
     """``datasets.load_dataset`` with its many failures told in our words."""
     import datasets
-    import httpx
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of the HTTP library it uses
 
     offline = (
         f"{path}: no such file or folder here, and the hub cannot be reached for a data set of that name. "
@@ -229,14 +234,14 @@ def _datasets_load(path: str, **options: Any) -> Any:
         return datasets.load_dataset(path, **options)
     except DatasetNotFoundError as error:
         raise DataError(
-            f"{path}: no such file or folder here, and no such data set on the hub ({_first(error)}). Check the "
-            "spelling; for a gated data set accept its terms and run `hf auth login`."
+            f"{path}: no such file or folder here, and no such data set on the hub ({_first(error)}). "
+            "Check the spelling; for a gated data set accept its terms and run `hf auth login`."
         ) from error
-    except (ConnectionError, TimeoutError, httpx.TransportError) as error:
-        raise DataError(offline) from error
-    except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{where}: cannot be opened ({_first(cause)})") from error
+    except (DatasetsError, OSError, ValueError, RuntimeError, HTTPError) as error:
+        unreached = isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)
+        if unreached or isinstance(error, ConnectionError | TimeoutError):
+            raise DataError(offline) from error
+        raise DataError(f"{where}: cannot be opened ({_first(error.__cause__ or error)})") from error
 
 
 def _first(error: BaseException) -> str:
@@ -253,12 +258,12 @@ def _dataset_table(data: Any, name: str, wanted: str | None) -> Table:
 
 def _rows_table(data: Any, name: str, split: str, splits: tuple[str, ...]) -> Table:
     def rows() -> Iterator[tuple[str, Any]]:
-        import httpx
+        from huggingface_hub.errors import HTTPError
 
         try:
             for number, row in enumerate(data, 1):
                 yield f"{name}:{number}", row
-        except (OSError, ValueError, httpx.HTTPError) as error:
+        except (OSError, ValueError, HTTPError) as error:
             raise DataError(f"{name}: reading stopped ({_first(error)})") from error
 
     columns = data.column_names

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxpref.errors import RunError
 from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
@@ -28,9 +28,7 @@ class _Part(NamedTuple):
     """What one micro-batch contributes, on the device."""
 
     losses: mx.array
-    policy_sums: mx.array
-    reference_sums: mx.array | None
-    lengths: mx.array
+    tokens: mx.array
 
 
 def columns(policy_logps: Logps, batch: MicroBatch) -> dict[str, Any]:
@@ -62,7 +60,8 @@ class Step:
         self.random = mx.random.key(0)
         self.n_compiled = 0
         self._step_peak = 0.0
-        self._gradients = mx.compile(self._gradients_of)
+        state = mx.random.state
+        self._gradients = mx.compile(self._gradients_of, inputs=state, outputs=state)
         self._losses = mx.compile(self._losses_of)
         self._update = mx.compile(self._update_of)
 
@@ -78,11 +77,10 @@ class Step:
         finally:
             policy.update(held)
         losses = self.objective(columns(logps, batch))
-        reference = None if batch.reference is None else Logps(batch.reference, batch.mask).sums
-        return (losses * batch.weights).sum(), _Part(losses, logps.sums, reference, logps.lengths)
+        return (losses * batch.weights).sum(), _Part(losses, logps.tokens)
 
     def _gradients_of(
-        self, masters: dict[str, mx.array], before: Any, batch: MicroBatch, total: mx.array, key: mx.array
+        self, masters: dict[str, mx.array], before: Any, batch: MicroBatch, total: mx.array
     ) -> tuple[Any, _Part]:
         """Gradients of Σ loss / total, added to ``before`` (None for the first micro-batch)."""
         self.n_compiled += 1
@@ -91,8 +89,7 @@ class Step:
             value, part = self._parts(masters, batch, differentiate=True)
             return value / total, part
 
-        with _random_key(key):
-            (_, part), gradients = mx.value_and_grad(objective)(masters)
+        (_, part), gradients = mx.value_and_grad(objective)(masters)
         if before is not None:
             gradients = tree_map(lambda a, b: a + b, before, gradients)
         return gradients, part
@@ -109,7 +106,8 @@ class Step:
             factor = mx.minimum(self.max_grad_norm / mx.maximum(norm, 1e-6), 1.0)
             gradients = {name: g * factor for name, g in gradients.items()}
         finite = mx.isfinite(norm)
-        self.optimizer.state = {**state, "learning_rate": rate}
+        # The optimiser writes into nested dictionaries: give it its own, keep the old ones whole.
+        self.optimizer.state = {**tree_map(lambda value: value, state), "learning_rate": rate}
         moved = self.optimizer.apply_gradients(gradients, masters)
         new_state = self.optimizer.state
 
@@ -136,9 +134,8 @@ class Step:
         total = mx.array(float(sum(part.weights.sum() for part in batch.parts)), mx.float32)
         gradients, parts = None, []
         for index, micro_batch in enumerate(batch.parts):
-            arrays = to_mlx(micro_batch)
-            held = policy.masters
-            gradients, part = self._gradients(held, gradients, arrays, total, mx.random.split(key, index + 2)[-1])
+            _seed(mx.random.split(key, index + 2)[-1])
+            gradients, part = self._gradients(policy.masters, gradients, to_mlx(micro_batch), total)
             parts.append(part)
             if index + 1 < len(batch.parts):
                 mx.eval(gradients, part)  # one micro-batch's activations at a time
@@ -190,43 +187,46 @@ class Step:
         masters = {n.removeprefix("masters."): v for n, v in state.items() if n.startswith("masters.")}
         if {n: v.shape for n, v in masters.items()} != {n: v.shape for n, v in self.policy.masters.items()}:
             raise RunError(f"{file}: holds other parameters than this configuration trains")
-        moments = [(n.removeprefix("optimizer."), v) for n, v in state.items() if n.startswith("optimizer.")]
+        names = [f"optimizer.{name}" for name, _ in tree_flatten(self.optimizer.state)]
+        if missing := [name for name in names if name not in state]:
+            raise RunError(f"{file}: was written by another optimizer (no {missing[0]})")
         self.policy.set_masters(masters)
-        self.optimizer.state = tree_unflatten(moments)
+        moments = iter(names)  # parameter names hold dots: take the structure from the live state
+        self.optimizer.state = tree_map(lambda _: state[next(moments)], self.optimizer.state)
         self.random = state["random"]
 
 
-class _random_key:  # noqa: N801 - reads as a statement: with _random_key(key)
-    """Seeds dropout inside a traced function from an explicit key, and restores the global state."""
-
-    def __init__(self, key: mx.array):
-        self.key = key
-
-    def __enter__(self) -> None:
-        self.held = mx.random.state[0]
-        mx.random.state[0] = self.key
-
-    def __exit__(self, *_: object) -> None:
-        mx.random.state[0] = self.held
+def _seed(key: mx.array) -> None:
+    """Make ``key`` the state that dropout draws from; the compiled function takes it as an input."""
+    mx.random.state[0][:] = key
 
 
 def _report(batch: Batch, parts: list[_Part], norm: float, skipped: bool) -> StepReport:
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([np.array(getattr(part, name)) for part in parts])
-
-    losses = joined("losses")
+    losses = np.concatenate([np.array(part.losses) for part in parts])
     weights = np.concatenate([np.asarray(part.weights) for part in batch.parts])
     counted = sum(part.mask.sum() + _prompt_tokens(part) for part in batch.parts)
     return StepReport(
         loss=float((losses * weights).sum() / max(weights.sum(), 1e-12)),
         losses=losses,
-        policy_sums=joined("policy_sums"),
-        reference_sums=None if parts[0].reference_sums is None else joined("reference_sums"),
-        lengths=joined("lengths"),
+        policy_sums=_sums([part.tokens for part in parts], batch),
+        reference_sums=None
+        if batch.parts[0].reference is None
+        else _sums([mx.array(part.reference) for part in batch.parts], batch),
+        lengths=np.concatenate([np.asarray(part.mask).sum(-1) for part in batch.parts]),
         grad_norm=norm,
         skipped=skipped,
         n_tokens=int(counted),
     )
+
+
+def _sums(tokens: list[mx.array], batch: Batch) -> np.ndarray:
+    """(B, K) sums of policy or reference, by one kernel, so that equal tokens give equal sums.
+
+    Summed here and not in the compiled step: a sum that the objective forms as well, returned beside
+    the losses, breaks the fused graph ("_Map_base::at", MLX 0.32.4).
+    """
+    pairs = zip(tokens, batch.parts, strict=True)
+    return np.concatenate([np.array(Logps(found, mx.array(part.mask)).sums) for found, part in pairs])
 
 
 def _prompt_tokens(part: MicroBatch) -> int:

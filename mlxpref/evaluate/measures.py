@@ -125,9 +125,7 @@ def _over_pairs(rows: Sequence[Judged], figure: Callable[[Judged, Pair], float])
     return [math.fsum(figure(row, pair) for pair in row.pairs) / len(row.pairs) for row in rows]
 
 
-def _by_gap(
-    rows: Sequence[Judged], roles: Sequence[Roles], edges: Sequence[float]
-) -> list[dict[str, Any]]:
+def _by_gap(rows: Sequence[Judged], roles: Sequence[Roles], edges: Sequence[float]) -> list[dict[str, Any]]:
     """Accuracy of the pairs (all counted alike) whose scores are so far apart, in units of the data."""
     bounds = [0.0, *edges, math.inf]
     right: list[list[float]] = [[] for _ in bounds[1:]]
@@ -203,8 +201,7 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 def _correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's; None where one of the two does not vary."""
-    if len(x) < 2:
+    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
         return None
     dx, dy = (np.asarray(values) - np.mean(values) for values in (x, y))
-    scale = math.sqrt(float(dx @ dx) * float(dy @ dy))
-    return float(dx @ dy) / scale if scale > 0 else None
+    return float(dx @ dy) / math.sqrt(float(dx @ dx) * float(dy @ dy))

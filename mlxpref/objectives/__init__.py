@@ -1,0 +1,45 @@
+"""What training minimises: pure functions of log-probs, written once for NumPy, MLX and PyTorch.
+
+The families, by what a formula looks at:
+
+- ``margin``: Δ, the chosen log-ratio less the rejected one;
+- ``policy_only``: the policy's log-probs, without a reference.
+
+A new family is a new module here; ``docs/adding-an-objective.md`` shows a new formula.
+"""
+
+from mlxpref.objectives import margin, policy_only  # fills TABLE
+from mlxpref.objectives.registry import (
+    TABLE,
+    BatchLogps,
+    Entry,
+    FlipRate,
+    ListLogps,
+    NonNegative,
+    PerExample,
+    PerExampleIndex,
+    PerResponse,
+    Positive,
+    Share,
+    objective,
+)
+from mlxpref.objectives.resolve import Objective, resolve_objective
+
+__all__ = [
+    "TABLE",
+    "BatchLogps",
+    "Entry",
+    "FlipRate",
+    "ListLogps",
+    "NonNegative",
+    "Objective",
+    "PerExample",
+    "PerExampleIndex",
+    "PerResponse",
+    "Positive",
+    "Share",
+    "margin",
+    "objective",
+    "policy_only",
+    "resolve_objective",
+]

@@ -1,0 +1,73 @@
+"""From a list of K > 2 responses to pairs, for formulas that compare two.
+
+Responses stand best first. Pairs are ordered, better one first:
+
+- ``first_two``: (1, 2), the hardest to tell apart;
+- ``best_worst``: (1, K);
+- ``best_rest``: (1, 2), …, (1, K);
+- ``all_pairs``: every (i, j) with i before j.
+
+The loss of an example is the mean over its pairs. Where the list has scores, a pair that the goal does
+not tell apart is left out: the goal is the score of the first response, and nearer to it is better, so
+(i, j) counts where (s_1 − s_j)² > (s_1 − s_i)². An example without a pair left has loss 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlxpref import ops
+from mlxpref.objectives.registry import Column, Lift
+from mlxpref.ops import Array
+from mlxpref.records import Logps
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+def pairs_of(k: int, lift: Lift) -> Pairs:
+    """The (better, worse) slots of a list of ``k`` responses."""
+    if lift == "first_two":
+        return ((0, 1),)
+    if lift == "best_worst":
+        return ((0, k - 1),)
+    if lift == "best_rest":
+        return tuple((0, j) for j in range(1, k))
+    return tuple((i, j) for i in range(k) for j in range(i + 1, k))
+
+
+def take_pairs(column: Any, pairs: Pairs, kind: Any) -> Any:
+    """A column of lists as one of pairs: n pairs of B examples are n·B rows, pair after pair.
+
+    Args:
+        column: ``Logps`` (B, K, L), an array (B, K), or one without responses, (B, …).
+        kind: what the signature says of it.
+    """
+    if isinstance(column, Logps):
+        return Logps(*(_take(part, pairs) for part in column))
+    if isinstance(kind, Column) and kind.per == "example":
+        return ops.concatenate([column] * len(pairs), 0)
+    return _take(column, pairs)
+
+
+def mean_over_pairs(losses: Array, pairs: Pairs, scores: Array | None) -> Array:
+    """(n·B,) losses of pairs → (B,) of examples; ``scores`` (B, K) leaves out what they tie."""
+    losses = losses.reshape(len(pairs), -1)
+    if scores is None:
+        return losses.mean(0)
+    distance = (scores - scores[:, :1]) ** 2
+    counts = ops.stack([distance[:, j] > distance[:, i] for i, j in pairs], 0)
+    n = counts.sum(0)
+    return ops.where(counts, losses, 0.0).sum(0) / ops.where(n > 0, n, 1)
+
+
+def lift_columns(
+    columns: Mapping[str, Any], kinds: Mapping[str, Any], pairs: Pairs
+) -> dict[str, Any]:
+    """Every column of a formula as columns of pairs."""
+    return {name: take_pairs(column, pairs, kinds[name]) for name, column in columns.items()}
+
+
+def _take(array: Array, pairs: Pairs) -> Array:
+    rows = [ops.stack([array[:, i], array[:, j]], 1) for i, j in pairs]
+    return rows[0] if len(rows) == 1 else ops.concatenate(rows, 0)

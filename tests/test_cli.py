@@ -1,0 +1,207 @@
+"""The command as a user meets it before any work is done.
+
+Finds: a help that takes seconds because something heavy is imported, a command without an example,
+an error that is a traceback, a public name that leads nowhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import mlxpref
+from mlxpref import cli
+from mlxpref.cli import console
+from mlxpref.errors import ConfigError, MlxprefError, RunError
+
+HEAVY = ("mlx", "mlx_lm", "torch", "transformers", "datasets", "pyarrow", "pandas", "matplotlib")
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once() -> None:
+    """Best of three, interpreter start included."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        ran = python("-m", "mlxpref", "--help")
+        seconds.append(time.perf_counter() - start)
+        assert ran.returncode == 0, ran.stderr
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from mlxpref.cli import main
+main(["--help"], standalone_mode=False)
+loaded = set({HEAVY}) & {{m.split(".")[0] for m in sys.modules}}
+sys.exit(f"loaded {{loaded}}" if loaded else 0)
+"""
+    ran = python("-c", code)
+    assert ran.returncode == 0, ran.stderr
+    assert "Commands:" in ran.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_helps_with_an_example(name: str) -> None:
+    ran = CliRunner().invoke(cli.main, [name, "--help"])
+    assert ran.exit_code == 0, ran.output
+    _, _, example = ran.output.partition("Example")
+    assert f"mlxpref {name}" in example, "the help ends with an example that calls the command"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_explained(name: str) -> None:
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    bare = [p.name for p in command.params if isinstance(p, click.Option) and not (p.help or p.hidden)]
+    assert not bare, f"mlxpref {name}: options without help: {bare}"
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    ran = CliRunner().invoke(cli.main, ["trian"])
+    assert ran.exit_code == 2
+    assert "'train'" in ran.output
+
+
+def test_version() -> None:
+    ran = CliRunner().invoke(cli.main, ["--version"])
+    assert re.fullmatch(r"mlxpref \d+\.\d+\.\d+\S*", ran.output.strip())
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", "adapters.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (MlxprefError("row 7: empty response"), 1, "error: row 7: empty response"),
+        (ConfigError("unknown key 'lerning_rate'"), 2, "error: unknown key 'lerning_rate'"),
+        (RunError("not finite"), 1, "error: not finite"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (full_disk(), 1, "no space left on device: adapters.safetensors"),
+    ],
+    ids=["ours", "usage", "run", "interrupt", "disk"],
+)
+def test_errors_are_one_message_and_a_code(
+    error: BaseException, code: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    def failing() -> None:
+        raise error
+
+    monkeypatch.setattr(cli.main, "get_command", lambda ctx, name: failing)
+    ran = CliRunner().invoke(cli.main, ["env"])
+    assert ran.exit_code == code
+    assert says in ran.stderr
+    assert not ran.stdout
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def failing() -> None:
+        raise OSError(errno.ENOTDIR, "Not a directory", "x")
+
+    monkeypatch.setattr(cli.main, "get_command", lambda ctx, name: failing)
+    ran = CliRunner().invoke(cli.main, ["env"])
+    assert isinstance(ran.exception, OSError)
+
+
+# --- env ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.mlx
+def test_env_reports_the_machine() -> None:
+    """In a process of its own, as a user calls it."""
+    ran = python("-m", "mlxpref", "env", "--json", "--no-speed")
+    assert ran.returncode == 0, ran.stderr
+    facts = json.loads(ran.stdout)
+    assert facts["device"]["backend"] == "mlx"
+    assert facts["packages"]["mlxpref"]
+    assert facts["memory_gb"]["system"] > 0.5
+    assert facts["blas"]["said"]
+    assert facts["blas"]["matmul_gflops"] is None
+
+
+@pytest.mark.mlx
+def test_env_warns_of_a_slow_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxpref.cli import env
+
+    facts = env.gather(speed=False)
+    facts["device"]["kind"] = "cpu"
+    facts["blas"]["matmul_gflops"] = 3.0
+    monkeypatch.setattr(env, "gather", lambda **_: facts)
+    ran = CliRunner().invoke(env.command, [])
+    assert "3.0, float32" in ran.stdout
+    assert "pip install mkl" in ran.stderr
+
+
+# --- console -----------------------------------------------------------------------------------
+
+
+def test_a_table_in_a_pipe_is_plain_and_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table(("name", "loss"), [("dpo", 0.693147), ("a [b] c", None), ("simpo", 10.5)], title="losses")
+    assert capsys.readouterr().out.splitlines() == [
+        "losses",
+        "name       loss",
+        "dpo      0.6931",
+        "a [b] c       –",
+        "simpo      10.5",
+    ]
+
+
+def test_a_table_on_a_terminal_keeps_brackets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich reads ``[bold]`` in a text as an instruction unless told otherwise."""
+    monkeypatch.setattr(console, "is_terminal", lambda: True)
+    console.table(("text", "[x]"), [("say [bold]it[/bold]", 3)])
+    out = capsys.readouterr().out
+    assert "say [bold]it[/bold]" in out
+    assert "[x]" in out
+
+
+def test_progress_in_a_pipe_is_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("reference", 1000) as at:
+        for done in range(1000):
+            at(done + 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == console.PLAIN_PROGRESS_LINES
+    assert lines[-1] == "reference: 1000/1000"
+
+
+# --- public names ------------------------------------------------------------------------------
+
+
+def test_every_public_name_leads_somewhere() -> None:
+    for name in mlxpref.__all__:
+        assert getattr(mlxpref, name) is not None
+    assert set(mlxpref.__all__) <= set(dir(mlxpref))
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'relable'"):
+        _ = mlxpref.relable
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    ran = python("-c", f"import sys, mlxpref; print(*(set({HEAVY}) & set(sys.modules)))")
+    assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
