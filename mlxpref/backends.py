@@ -41,3 +41,7 @@ def get(name: str = "auto") -> ModuleType:
 
 def _lacking(name: str) -> list[str]:
     return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
+
+
+get_backend = get
+"""``get`` under the name it has outside, as ``mlxpref.get_backend``."""

@@ -28,6 +28,8 @@ BEST_METRICS: Mapping[str, int] = {
     "eval_rewards/chosen": 1,
     "eval_logps/chosen": 1,
     "eval_ranking_accuracy": 1,
+    "eval_chosen_half/rewards/accuracies": 1,
+    "eval_rejected_half/rewards/accuracies": 1,
 }
 """Metrics a best checkpoint can be chosen by, and whether more (1) or less (-1) is better."""
 

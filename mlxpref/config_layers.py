@@ -105,7 +105,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{path}: holds no sections; the least is\n  model: {{path: …}}\n  data: {{source: …}}")
+        raise ConfigError(f"{path}: holds no sections; at least model: {{path: …}} and data: {{source: …}}")
     return dict(found)
 
 
@@ -192,6 +192,8 @@ def _problems(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str
         path = tuple(part for part in found["loc"] if part not in _UNION_TAGS)
         key = ".".join(map(str, path))
         given, kind = found["input"], found["type"]
+        if kind == "tuple_type" or (kind == "string_type" and isinstance(given, (list, Mapping))):
+            continue  # the other branch of a union, whose own problem is told
         if kind == "extra_forbidden":
             yield f"unknown key {key}{_nearest(path)}"
         elif kind == "missing":
@@ -199,8 +201,8 @@ def _problems(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str
         elif kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
             yield f"{key} is a section of keys, not {given!r}{_inside(path)}"
         else:
-            message = found["msg"].removeprefix("Value error, ")
-            yield f"{key}: {message[:1].lower()}{message[1:]}" + ("" if "not" in message else f", not {given!r}")
+            message = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            yield f"{key}: {message}" + ("" if ", not" in message else f", not {given!r}")
 
 
 _UNION_TAGS = frozenset({"str", "tuple[SourceSection, ...]", "function-before[_options(), dict[str,any]]"})
@@ -239,7 +241,9 @@ def _nearest(path: tuple[Any, ...]) -> str:
     if last in OTHER_NAMES:
         return f": here it is {OTHER_NAMES[last]}"
     everywhere = {
-        key: ".".join(filter(None, (name, key))) for name, kind in sections.items() for key in kind.model_fields
+        key: ".".join(filter(None, (name, key)))
+        for name, kind in sections.items()
+        for key in kind.model_fields
     }
     if last in everywhere:
         return f": it belongs to {everywhere[last].rpartition('.')[0]}: {everywhere[last]}"

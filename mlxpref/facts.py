@@ -1,11 +1,22 @@
-"""What a result has to say about where it came from: versions, commit, platform."""
+"""What a run says about itself: where it came from, what is in it, in figures and in words."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlxpref.config import Config
+from mlxpref.data.plan import Plan
+from mlxpref.errors import RunError, raise_all
+from mlxpref.objectives import Objective
+from mlxpref.prepare import Prepared
+from mlxpref.reference import ReferenceCounts
 
 PACKAGES = (
     "mlxpref", "mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "torch", "peft",
@@ -52,3 +63,128 @@ def commit(root: Path | None = None) -> str | None:
 def _hash(text: str) -> str | None:
     found = re.match(r"[0-9a-f]{40,64}", text)
     return found[0] if found else None
+
+
+def run_facts(
+    config: Config,
+    objective: Objective,
+    machine: ModuleType,
+    data: Prepared,
+    policy: Any,
+    plan: Plan,
+    *,
+    starts: Sequence[Mapping[str, Any]],
+    step: int,
+    time: datetime,
+) -> dict[str, Any]:
+    """``run.json``: JSON-safe.
+
+    Args:
+        starts: what earlier starts of a resumed run left; this start, at ``step``, is added to them.
+    """
+    start = {
+        "time": time.isoformat(timespec="seconds"),
+        "step": step,
+        "versions": versions(),
+        "commit": commit(),
+        "device": machine.device_info(),
+    }
+    return {
+        "starts": [*starts, start],
+        "objective": objective.spec,
+        "model": {
+            "path": config.model.path,
+            "revision": config.model.revision,
+            "fingerprint": policy.fingerprint,
+            "way": policy.way,
+            "parameters": policy.n_parameters,
+            "trainable": policy.n_trainable,
+        },
+        "data": {
+            "fingerprint": data.fingerprint,
+            "train_rows": len(data.train),
+            "valid_rows": len(data.valid),
+            "said": list(data.said),
+            "counts": {
+                stage: {"kept": counts.kept, "dropped": dict(counts.dropped)}
+                for stage, counts in data.counts.items()
+            },
+            "recipe": None if data.recipe is None else data.recipe.as_dict(),
+        },
+        "plan": {
+            "steps": len(plan.steps),
+            "epochs": plan.epochs[-1],
+            "shapes": len(plan.shapes),
+            "tokens": plan.tokens,
+            "padding": plan.padding,
+        },
+    }
+
+
+def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What an adapter says about itself under ``mlxpref`` in its config, from the run's facts."""
+    return {
+        "objective": facts["objective"],
+        "model": {key: facts["model"][key] for key in ("path", "revision", "fingerprint")},
+        "recipe": facts["data"]["recipe"],
+        "step": step,
+        "versions": facts["starts"][0]["versions"],
+    }
+
+
+def check_same(known: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """A resumed run must meet the data, weights and plan it began with; warnings come back.
+
+    Raises:
+        RunError: listing what has changed.
+    """
+    if not known:
+        return
+    watched = [("data", "fingerprint"), ("data", "recipe"), ("model", "fingerprint"), ("plan", "steps")]
+    raise_all(
+        [
+            f"{section} {key}: was {known[section][key]}, is {facts[section][key]}"
+            for section, key in watched
+            if known[section][key] != facts[section][key]
+        ],
+        RunError,
+        f"{folder}: not the data or model this run began with; put them back, or start a new run:",
+    )
+    before, after = known["starts"][-1]["versions"], facts["starts"][-1]["versions"]
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if names:
+        changed = ", ".join(f"{name} {before.get(name)} → {after.get(name)}" for name in names)
+        yield f"other versions than before ({changed}): the last bits may differ from an uninterrupted run"
+
+
+def describe(
+    config: Config,
+    objective: Objective,
+    data: Prepared,
+    policy: Any,
+    plan: Plan,
+    counts: ReferenceCounts | None,
+    *,
+    done: int = 0,
+) -> Iterator[str]:
+    """What a person wants to know before the first step, a line each."""
+    yield from data.said
+    for stage, count in data.counts.items():
+        dropped = sum(count.dropped.values())
+        yield f"{stage}: {count.kept} kept" + (f", {dropped} dropped" if dropped else "")
+        yield from (f"  {line}" for line in count.lines())
+    share = policy.n_trainable / max(1, policy.n_parameters)
+    yield (
+        f"model: {config.model.path}, {policy.n_parameters:,} parameters, "
+        f"{policy.n_trainable:,} trainable ({share:.2%}, {policy.fine_tune_type})"
+    )
+    how = "each prompt once for all its responses" if policy.share_prompts else "whole rows"
+    yield f"way: {policy.way} ({how})"
+    yield f"objective: {objective.name}"
+    yield str(counts) if counts is not None else "reference log-probs: not needed"
+    if not data.valid:
+        yield "no validation rows, so no evaluation: data.valid or data.valid_fraction gives some"
+    yield (
+        f"plan: {len(plan.steps)} steps ({plan.epochs[-1]:.2f} epochs), {len(plan.shapes)} shapes, "
+        f"{plan.padding:.1%} padding" + (f"; going on after step {done}" if done else "")
+    )

@@ -90,7 +90,10 @@ def ask(
 def ask_all(
     questions: Sequence[Question], goals: Sequence[Goal | None] | None, recipe: Recipe | None, tokenizer: Any
 ) -> list[Asked]:
-    """Every question at every goal, one question after the other. Goals None: the recipe's highest, if there is a recipe."""
+    """Every question at every goal, one question after the other.
+
+    Goals None asks for the recipe's highest, or without a recipe for none.
+    """
     if goals is None:
         goals = [recipe.top_goal if recipe is not None else None]
     return [
@@ -134,7 +137,8 @@ def generate(
     wrong = [name for name, right in problems.items() if not right]
     if wrong:
         raise UsageError(
-            f"out of range: {', '.join(wrong)} (max_tokens and batch_size >= 1, temperature >= 0, 0 < top_p <= 1)"
+            f"out of range: {', '.join(wrong)} (max_tokens and batch_size are at least 1, temperature is not "
+            "negative, top_p is above 0 and at most 1)"
         )
     answers: list[Answer] = []
     for start in range(0, len(asked), batch_size):

@@ -278,10 +278,10 @@ class Loop:
     def _not_finite(self) -> str:
         last, n = self.progress.step, self.progress.skipped_in_row
         return (
-            f"{self.run.path}: the gradients of {n} steps in a row ({last - n + 1} to {last}) were not finite. "
-            f"Nothing was changed by them, and the adapter before them is saved. Start a new run with a lower "
-            f"optimizer.learning_rate (it was {self.schedule(last - 1):g}), a warm-up, or model.dtype: float32; "
-            "mlxpref inspect shows whether a row of the data is odd"
+            f"{self.run.path}: the gradients of {n} steps in a row ({last - n + 1} to {last}) were not "
+            "finite. Nothing was changed by them, and the adapter before them is saved. Start a new run with "
+            f"a lower optimizer.learning_rate (it was {self.schedule(last - 1):g}), a warm-up, or "
+            "model.dtype: float32; mlxpref inspect shows whether a row of the data is odd"
         )
 
     def _result(self, interrupted: int | None) -> TrainResult:

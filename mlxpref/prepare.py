@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxpref.config import Config, RelabelSection
 from mlxpref.data.recipe import Recipe, resolve_carrier
 from mlxpref.data.relabel import fit_recipe, relabel_all, split_by_prompt, unconditioned
 from mlxpref.data.relabelled import is_relabelled, read_relabelled
-from mlxpref.data.sources import SourceSpec, open_source, read_source
+from mlxpref.data.sources import Source, SourceSpec, open_source, read_source
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
 from mlxpref.errors import ConfigError, DataError
 from mlxpref.records import Conditioned, Counts, Scored, Tokenized
@@ -71,7 +71,7 @@ def prepare(config: Config, *, tokenizer: Any = None) -> Prepared:
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     conditioned = (_from_folder if relabelled else _from_sources)(config, tokenizer, found)
-    rows = {name: _tokenize(config, name, examples, tokenizer, found) for name, examples in conditioned.items()}
+    rows = {name: _tokenize(config, name, split, tokenizer, found) for name, split in conditioned.items()}
     _warn_of_leaks(conditioned, found)
     if not rows["train"]:
         lines = [f"{stage}: {line}" for stage, counts in found.counts.items() for line in counts.lines()]
@@ -97,8 +97,8 @@ def _check_relabelled(config: Config) -> None:
         )
     if config.data.valid_fraction is not None:
         raise ConfigError(
-            f"data.valid_fraction: {config.data.source} was split when it was relabelled; relabel it again with "
-            "another share, or name other rows in data.valid"
+            f"data.valid_fraction: {config.data.source} was split when it was relabelled; relabel it again "
+            "with another share, or name other rows in data.valid"
         )
 
 
@@ -109,7 +109,8 @@ def _from_folder(config: Config, tokenizer: Any, found: _Found) -> dict[str, lis
     found.recipe = folder.recipe
     train = data.split or "train"
     splits = {"train": folder.read(train)}
-    found.said.append(f"{data.source}: relabelled rows, splits {', '.join(folder.splits)}; training on {train}")
+    names = ", ".join(folder.splits)
+    found.said.append(f"{data.source}: relabelled rows, splits {names}; training on {train}")
     valid = next((name for name in VALID_SPLITS if name in folder.splits and name != train), None)
     if data.valid is not None:
         splits["valid"] = _from_valid(config, found)
@@ -133,7 +134,7 @@ def _from_valid(config: Config, found: _Found) -> list[Conditioned]:
         columns=config.data.columns,
         score=config.data.score,
     )
-    return _condition(config, "valid", _read(config, "valid", [spec], found), found)
+    return _condition(config, "valid", _read(config, "valid", [open_source(spec)], found), found)
 
 
 # --- scored and unscored sources ---
@@ -150,16 +151,17 @@ def source_specs(config: Config) -> list[SourceSpec]:
 
 def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, list[Conditioned]]:
     """Read and split, then fit the recipe on the training rows alone, then condition."""
-    data, specs = config.data, source_specs(config)
-    for spec in specs:
-        found.said.extend(open_source(spec).said)
-    examples = {"train": _read(config, "train", specs, found)}
+    data = config.data
+    sources = [open_source(spec) for spec in source_specs(config)]
+    for source in sources:
+        found.said.extend(source.said)
+    examples = {"train": _read(config, "train", sources, found)}
     if data.valid_fraction is not None:
         examples = split_by_prompt(
             examples["train"], fractions={"valid": data.valid_fraction}, seed=config.training.seed
         )
     elif data.valid is None:
-        own = _own_valid(specs, found)
+        own = _own_valid(sources, found)
         if own is not None:
             examples["valid"] = _read(config, "valid", [own], found)
     if config.relabel is not None:
@@ -170,24 +172,20 @@ def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, li
     return splits
 
 
-def _own_valid(specs: Sequence[SourceSpec], found: _Found) -> SourceSpec | None:
+def _own_valid(sources: Sequence[Source], found: _Found) -> Source | None:
     """A single source's own validation split, where it has one."""
-    if len(specs) != 1:
+    if len(sources) != 1:
         return None
-    splits = open_source(specs[0]).splits
-    name = next((name for name in VALID_SPLITS if name in splits and name != specs[0].split), None)
+    source = sources[0]
+    name = next((name for name in VALID_SPLITS if name in source.splits and name != source.split), None)
     if name is None:
         return None
-    found.said.append(f"{specs[0].path}: validation rows from its split {name}")
-    return SourceSpec(**{**_as_dict(specs[0]), "split": name})
+    found.said.append(f"{source.spec.path}: validation rows from its split {name}")
+    return open_source(replace(source.spec, split=name, limit=None))
 
 
-def _as_dict(spec: SourceSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in SourceSpec.__dataclass_fields__}
-
-
-def _read(config: Config, split: str, specs: Sequence[SourceSpec], found: _Found) -> list[Scored]:
-    examples, counts = read_source(specs, strict=config.data.strict, seed=config.training.seed)
+def _read(config: Config, split: str, sources: Sequence[Source], found: _Found) -> list[Scored]:
+    examples, counts = read_source(sources, strict=config.data.strict, seed=config.training.seed)
     found.counts[f"{split}, read"] = counts
     return examples
 
@@ -246,16 +244,16 @@ def _tokenize(
 
 def _warn_of_leaks(splits: Mapping[str, Sequence[Conditioned]], found: _Found) -> None:
     """Say when validation prompts are trained on: their figures would be too good."""
+    recipe = found.recipe
 
-    def asked(rows: Sequence[Conditioned]) -> set[str]:
-        return {row.prompt[-1].content.strip() for row in rows}
+    def asked(rows: Sequence[Conditioned]) -> set[tuple[str, ...]]:
+        prompts = (row.prompt if recipe is None else recipe.erase(row.prompt) for row in rows)
+        return {tuple(message.content for message in prompt) for prompt in prompts}
 
-    if found.recipe is not None and found.recipe.carrier != "system":
-        return  # the goal stands inside the turn that would be compared
     shared = asked(splits["train"]) & asked(splits.get("valid", ()))
     if shared:
         found.said.append(
-            f"warning: {len(shared)} prompts are in training and validation rows both; "
+            f"warning: {len(shared)} prompts are among both training and validation rows; "
             "data.valid_fraction splits by prompt"
         )
 

@@ -43,8 +43,8 @@ _KEY = 32  # bytes of a sha256
 def response_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
     """32 bytes that name a response behind its prompt; the place of the boundary counts."""
     digest = hashlib.sha256(struct.pack("<q", len(prompt_ids)))
-    digest.update(np.ascontiguousarray(prompt_ids, "<i4"))
-    digest.update(np.ascontiguousarray(response_ids, "<i4"))
+    for ids in (prompt_ids, response_ids):
+        digest.update(np.asarray(ids, "<i4").tobytes())
     return digest.digest()
 
 
@@ -141,7 +141,7 @@ class ReferenceStore:
 
 
 def _checksum(content: bytes | np.ndarray) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+    return hashlib.sha256(memoryview(content)).hexdigest()[:32]
 
 
 def _pack(entries: dict[bytes, np.ndarray]) -> bytes:

@@ -77,7 +77,7 @@ class RunFolder:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / FACTS}: cannot be read ({error}); the run cannot be resumed") from error
+            raise RunError(f"{self.path / FACTS}: cannot be read ({error}); start a new run") from error
         return dict(found)
 
     def last_checkpoint(self) -> Checkpoint | None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent / "mlxpref"
 VALUES = {"records", "errors"}
 FILED = VALUES | {"files", "locks", "hub"}
 SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "data", "config", "config_layers"}
-LOOP = SPINE | {"runs", "reference", "schedules", "callbacks", "loop"}
+LOOP = SPINE | {"runs", "facts", "reference", "schedules", "callbacks", "loop", "prepare"}
 RUNS = LOOP | {"rewards", "report", "train", "evaluate", "generate", "parity", "sandbox"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -45,6 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mlx_backend": FILED | {"ops", "objectives", "data", "callbacks", "blas"},
     "torch_backend": FILED | {"ops", "objectives", "data", "callbacks"},
     "callbacks": VALUES | {"loop"},  # loop: the type of its result
+    "facts": SPINE,
+    "prepare": SPINE | {"reference"},
     "loop": LOOP,
     "train": RUNS,
     "evaluate": RUNS,

@@ -280,3 +280,24 @@ def test_pad_columns_change_no_logp(model_of: Any) -> None:
     loose = mlx_backend.token_logps(policy, collate(rows, wider)).tokens
     assert np.abs(loose[..., : tight.shape[-1]] - tight).max() < 2e-5
     assert not loose[..., tight.shape[-1] :].any()
+
+
+def test_probe_refuses_what_is_not_exact(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that serves the wrong prompt must send the model down the plain way, not train wrongly."""
+    from mlxpref import mlx_backend
+    from mlxpref.mlx_backend import prefix
+
+    serving = prefix.serving
+    monkeypatch.setattr(prefix, "serving", lambda recorded, prompt, offset: serving(recorded, prompt * 0, offset))
+    assert mlx_backend.load_policy(model_of("llama"), num_layers=2).way == "plain"
+
+
+def test_probe_command_prints_the_way(model_of: Any) -> None:
+    from click.testing import CliRunner
+
+    from mlxpref.cli.probe import command
+
+    result = CliRunner().invoke(command, [model_of("gemma2"), model_of("mamba"), "--num-layers", "2"])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert [line[1:3] for line in lines[1:]] == [["gemma2", "shared"], ["mamba", "shared"]]

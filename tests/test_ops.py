@@ -9,51 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from libraries import DIFFERENTIABLE, LIBRARIES, MLX, NUMPY, Library, host
 
 from mlxpref import ops
 
 POINTS = [-300.0, -30.0, -1.5, -1e-4, 0.0, 1e-4, 0.7, 2.0, 30.0, 300.0]
 
 
-def numpy_array(values: Any) -> Any:
-    return np.array(values, dtype=np.float64)
-
-
-def mlx_array(values: Any) -> Any:
-    import mlx.core as mx
-
-    return mx.array(np.array(values, dtype=np.float32))
-
-
-def torch_array(values: Any) -> Any:
-    import torch
-
-    return torch.tensor(values, dtype=torch.float64)
-
-
-LIBRARIES = [
-    pytest.param(numpy_array, id="numpy"),
-    pytest.param(mlx_array, id="mlx", marks=pytest.mark.mlx),
-    pytest.param(torch_array, id="torch", marks=pytest.mark.torch),
-]
-DIFFERENTIABLE = LIBRARIES[1:]
-
-
-def host(x: Any) -> np.ndarray:
-    """The values of any library's array, as NumPy's."""
-    return x.detach().numpy() if hasattr(x, "detach") else np.array(x)
-
-
-def slope(function: Any, make: Any, values: Any) -> np.ndarray:
-    """Gradient of the sum of ``function`` by the library's own autograd; compiled, for MLX."""
-    x = make(values)
-    if make is mlx_array:
-        import mlx.core as mx
-
-        return np.array(mx.compile(mx.grad(lambda x: function(x).sum()))(x))
-    x.requires_grad_(True)
-    function(x).sum().backward()
-    return x.grad.numpy()
+def slope(library: Library, function: Any, values: Any) -> np.ndarray:
+    """Slopes of an elementwise function."""
+    return library.gradients(lambda x: function(x).sum(), values)[0]
 
 
 def logistic(x: float) -> float:
@@ -80,12 +45,12 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("make", LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("function, expected", VALUES)
-def test_values_are_those_of_math_far_out_too(make: Any, function: Any, expected: Any) -> None:
+def test_values_are_those_of_math_far_out_too(library: Library, function: Any, expected: Any) -> None:
     """Finds: overflow, a lost tail, a wrong branch, a call that one library names otherwise."""
-    got = host(function(make(POINTS)))
-    tolerance = 1e-12 if make is not mlx_array else 2e-6
+    got = host(function(library.array(POINTS)))
+    tolerance = 1e-12 if library is not MLX else 2e-6
     np.testing.assert_allclose(got, [expected(x) for x in POINTS], rtol=tolerance, atol=1e-44)
 
 
@@ -101,19 +66,19 @@ SLOPES = [
 ]
 
 
-@pytest.mark.parametrize("make", DIFFERENTIABLE)
+@pytest.mark.parametrize("library", DIFFERENTIABLE)
 @pytest.mark.parametrize("function, expected", SLOPES)
-def test_slopes_agree_at_kinks_and_at_zero(make: Any, function: Any, expected: Any) -> None:
+def test_slopes_agree_at_kinks_and_at_zero(library: Library, function: Any, expected: Any) -> None:
     """Finds: a softplus that does not learn at step 0, a kink whose side depends on the library,
     a slope that is NaN far out."""
-    got = slope(function, make, POINTS)
+    got = slope(library, function, POINTS)
     # The slope of MLX's sigmoid is s(1 - s), which float32 rounds to 0 a little before the tail ends.
     np.testing.assert_allclose(got, [expected(x) for x in POINTS], rtol=3e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("make", LIBRARIES)
-def test_functions_along_an_axis(make: Any) -> None:
-    x = make([[3.0, 1.0, 2.0], [0.0, -5.0, 900.0]])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_functions_along_an_axis(library: Library) -> None:
+    x = library.array([[3.0, 1.0, 2.0], [0.0, -5.0, 900.0]])
     np.testing.assert_array_equal(host(ops.sort(x, 1)), [[1, 2, 3], [-5, 0, 900]])
     np.testing.assert_array_equal(host(ops.stack([x, -x], 1))[1], [[0, -5, 900], [0, 5, -900]])
     np.testing.assert_array_equal(host(ops.concatenate([x, -x], 0))[3], [0, 5, -900])
@@ -121,13 +86,13 @@ def test_functions_along_an_axis(make: Any) -> None:
     np.testing.assert_allclose(host(ops.logsumexp(x, 1)), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("function", [ops.relu, ops.sigmoid, ops.log_sigmoid, lambda x: ops.clip(x, 0, 1)])
-def test_a_python_number_does_not_change_the_dtype(make: Any, function: Any) -> None:
+def test_a_python_number_does_not_change_the_dtype(library: Library, function: Any) -> None:
     """Finds: a formula that is silently float64 on one side of a comparison."""
-    x = make([0.5, -0.5])
+    x = library.array([0.5, -0.5])
     assert function(x).dtype == x.dtype
-    if make is numpy_array:
+    if library is NUMPY:
         assert function(x.astype(np.float32)).dtype == np.float32
 
 

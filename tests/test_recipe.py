@@ -151,7 +151,7 @@ def test_own_template_by_attribute_name_and_with_braces():
         ("{score:.2f}", (), "no format"),
         ("{score}\n", (), "space around"),
         ("{score}", ("honesty",), "honesty"),
-        ("{goals}", (), "scre|score"),
+        ("{goals}", (), "score"),
         ("{goals} {honesty}", ("honesty",), "exactly once"),
         ("{goals}", ("low",), "placeholder"),
     ],
@@ -212,10 +212,10 @@ def test_a_declared_range_is_stretched_onto_the_goals():
 
 
 def test_float_noise_never_reaches_the_text():
-    """1 + (1.1 - 1) * 9 / 4 is 1.2250000000000003 in binary."""
+    """1 + (3.4 - 1) * 9 / 4 is 6.3999999999999995 in binary."""
     recipe = fit_recipe([scored((5, 2))], score_range=(1, 5))
-    text = recipe.goal_text(recipe.mapping(NOISY))
-    assert text.endswith("Overall score: 1.23.") or text.endswith("Overall score: 1.22.")
+    text = recipe.goal_text(recipe.mapping(3.4))
+    assert text.endswith("Overall score: 6.4.")
 
 
 def test_a_score_off_the_declared_scale_is_an_error_and_one_beyond_a_fitted_one_is_its_end():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bigram
+import fakes
 import numpy as np
 import pytest
 
@@ -22,16 +22,16 @@ from mlxpref.reference import (
     response_key,
 )
 
-POLICY = bigram.table(1), bigram.table(2)
+POLICY = fakes.table(1), fakes.table(2)
 
 
-def make_policy() -> bigram.BigramPolicy:
-    return bigram.BigramPolicy(*POLICY)
+def make_policy() -> fakes.FakePolicy:
+    return fakes.FakePolicy(*POLICY)
 
 
 def fill(folder: Path, rows: list[Tokenized], fingerprint: str = "base") -> ReferenceStore:
     store = ReferenceStore(folder, fingerprint)
-    reference_logps(rows, bigram.backend(), make_policy(), store)
+    reference_logps(rows, fakes.backend(), make_policy(), store)
     return store
 
 
@@ -46,23 +46,23 @@ def shards(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("micro_batch_tokens", [64, 4096])
 def test_each_response_gets_its_own_log_probs(share_prompts: bool, micro_batch_tokens: int) -> None:
     """Finds: rows or slots exchanged on the way through sorted micro-batches; a boundary off by one."""
-    rows = bigram.random_rows(37) + bigram.random_rows(5, responses=4, seed=1)
+    rows = fakes.random_rows(37) + fakes.random_rows(5, responses=4, seed=1)
     policy = make_policy()
     policy.share_prompts = share_prompts
-    found, _ = reference_logps(rows, bigram.backend(), policy, None, micro_batch_tokens=micro_batch_tokens)
-    own = policy_logps(rows, bigram.backend(), policy, micro_batch_tokens=micro_batch_tokens)
+    found, _ = reference_logps(rows, fakes.backend(), policy, None, micro_batch_tokens=micro_batch_tokens)
+    own = policy_logps(rows, fakes.backend(), policy, micro_batch_tokens=micro_batch_tokens)
     for of, logps in ((POLICY[1], found), (POLICY[0], own)):
         for row, values in zip(rows, logps, strict=True):
             for ids, of_response in zip(row.response_ids, values, strict=True):
-                expected = bigram.by_hand(of, row.prompt_ids.tolist(), ids.tolist())
+                expected = fakes.by_hand(of, row.prompt_ids.tolist(), ids.tolist())
                 np.testing.assert_allclose(of_response, expected, rtol=1e-6)
                 assert of_response.dtype == np.float32
 
 
 def test_the_store_gives_back_the_same_bits(tmp_path: Path) -> None:
-    rows = bigram.random_rows(20)
-    computed, _ = reference_logps(rows, bigram.backend(), make_policy(), ReferenceStore(tmp_path, "base"))
-    again, counts = reference_logps(rows, bigram.backend(), None, ReferenceStore(tmp_path, "base"))
+    rows = fakes.random_rows(20)
+    computed, _ = reference_logps(rows, fakes.backend(), make_policy(), ReferenceStore(tmp_path, "base"))
+    again, counts = reference_logps(rows, fakes.backend(), None, ReferenceStore(tmp_path, "base"))
     assert (counts.computed, counts.reused) == (0, 20)
     for a, b in zip(computed, again, strict=True):
         assert [x.tobytes() for x in a] == [x.tobytes() for x in b]
@@ -73,23 +73,23 @@ def test_the_store_gives_back_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_second_run_computes_nothing(tmp_path: Path) -> None:
     """A policy that is not even there shows that nothing was asked of it."""
-    rows = bigram.random_rows(30)
+    rows = fakes.random_rows(30)
     fill(tmp_path, rows)
-    _, counts = reference_logps(rows[::-1], bigram.backend(), None, ReferenceStore(tmp_path, "base"))
+    _, counts = reference_logps(rows[::-1], fakes.backend(), None, ReferenceStore(tmp_path, "base"))
     assert (counts.computed, counts.reused) == (0, 30)
 
 
 def test_other_weights_compute_everything(tmp_path: Path) -> None:
-    rows = bigram.random_rows(6)
+    rows = fakes.random_rows(6)
     fill(tmp_path, rows, "base")
-    _, counts = reference_logps(rows, bigram.backend(), make_policy(), ReferenceStore(tmp_path, "other"))
+    _, counts = reference_logps(rows, fakes.backend(), make_policy(), ReferenceStore(tmp_path, "other"))
     assert (counts.computed, counts.reused) == (6, 0)
 
 
 @pytest.mark.parametrize("change", ["prompt", "chosen", "rejected", "boundary"])
 def test_a_changed_row_computes_that_row(tmp_path: Path, change: str) -> None:
     """``boundary``: the same ids with one token moved from the prompt's end to the response's start."""
-    rows = bigram.random_rows(9, longest=40)
+    rows = fakes.random_rows(9, longest=40)
     rows[4] = replace(rows[4], prompt_ids=np.arange(5, dtype=np.int32))
     fill(tmp_path, rows)
     prompt, (chosen, rejected) = rows[4].prompt_ids, rows[4].response_ids
@@ -105,10 +105,10 @@ def test_a_changed_row_computes_that_row(tmp_path: Path, change: str) -> None:
     }[change]
     policy = make_policy()
     rows[4] = changed
-    found, counts = reference_logps(rows, bigram.backend(), policy, ReferenceStore(tmp_path, "base"))
+    found, counts = reference_logps(rows, fakes.backend(), policy, ReferenceStore(tmp_path, "base"))
     assert (counts.computed, counts.reused) == (1, 8)
     assert policy.asked == [(True, 1)]
-    expected = bigram.by_hand(POLICY[1], changed.prompt_ids.tolist(), changed.response_ids[1].tolist())
+    expected = fakes.by_hand(POLICY[1], changed.prompt_ids.tolist(), changed.response_ids[1].tolist())
     np.testing.assert_allclose(found[4][1], expected, rtol=1e-6)
 
 
@@ -119,16 +119,16 @@ def test_keys_tell_the_boundary() -> None:
 
 
 def test_rows_that_occur_twice_are_computed_once() -> None:
-    rows = bigram.random_rows(4) * 3
+    rows = fakes.random_rows(4) * 3
     policy = make_policy()
-    found, counts = reference_logps(rows, bigram.backend(), policy, None)
+    found, counts = reference_logps(rows, fakes.backend(), policy, None)
     assert sum(n for _, n in policy.asked) == counts.computed == 4
     assert len(found) == 12
     assert all(np.array_equal(x, y) for x, y in zip(found[0], found[8], strict=True))
 
 
 def test_a_pair_is_known_from_the_list_that_held_it(tmp_path: Path) -> None:
-    (row,) = bigram.random_rows(1, responses=4)
+    (row,) = fakes.random_rows(1, responses=4)
     fill(tmp_path, [row])
     pair = replace(row, response_ids=(row.response_ids[3], row.response_ids[1]))
     found = ReferenceStore(tmp_path, "base").get(pair)
@@ -161,16 +161,16 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_shard_is_said_and_remade(tmp_path: Path, kind: str) -> None:
     """Finds: wrong log-probs taken for right ones, a crash, or damage that is met at every start."""
-    rows = bigram.random_rows(8)
+    rows = fakes.random_rows(8)
     fill(tmp_path, rows[:5])
     fill(tmp_path, rows[5:])
     damaged = shards(tmp_path)[0]
     DAMAGE[kind](damaged)
     store = ReferenceStore(tmp_path, "base")
     assert len(store.said) == 1 and str(damaged) in store.said[0]
-    found, counts = reference_logps(rows, bigram.backend(), make_policy(), store)
+    found, counts = reference_logps(rows, fakes.backend(), make_policy(), store)
     assert counts.computed in (3, 5) and counts.computed + counts.reused == 8
-    expected, _ = reference_logps(rows, bigram.backend(), make_policy(), None)
+    expected, _ = reference_logps(rows, fakes.backend(), make_policy(), None)
     for a, b in zip(found, expected, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     after = ReferenceStore(tmp_path, "base")
@@ -189,16 +189,16 @@ def test_a_shard_of_another_version_is_no_shard(tmp_path: Path) -> None:
 
 
 def test_log_probs_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
-    rows = bigram.random_rows(3)
+    rows = fakes.random_rows(3)
     policy = make_policy()
     policy.reference = np.full_like(POLICY[1], np.nan)
     with pytest.raises(RunError, match="not finite"):
-        reference_logps(rows, bigram.backend(), policy, ReferenceStore(tmp_path, "base"))
+        reference_logps(rows, fakes.backend(), policy, ReferenceStore(tmp_path, "base"))
     assert shards(tmp_path) == []
 
 
 def test_lengths_must_fit(tmp_path: Path) -> None:
-    (row,) = bigram.random_rows(1)
+    (row,) = fakes.random_rows(1)
     with pytest.raises(ValueError, match="log-probs of"):
         ReferenceStore(tmp_path, "base").put(row, [np.zeros(len(ids) + 1) for ids in row.response_ids])
 
@@ -211,7 +211,7 @@ class _Stopped(KeyboardInterrupt):
 
 
 def test_an_interruption_keeps_what_was_computed(tmp_path: Path) -> None:
-    rows = bigram.random_rows(40)
+    rows = fakes.random_rows(40)
     left = 3
 
     def interrupted(policy: Any, batch: MicroBatch, *, reference: bool = False) -> Logps:
@@ -219,15 +219,15 @@ def test_an_interruption_keeps_what_was_computed(tmp_path: Path) -> None:
         left -= 1
         if left < 0:
             raise _Stopped
-        return bigram.token_logps(policy, batch, reference=reference)
+        return fakes.token_logps(policy, batch, reference=reference)
 
-    broken = bigram.backend()
+    broken = fakes.backend()
     broken.token_logps = interrupted
     with pytest.raises(_Stopped):
         reference_logps(rows, broken, make_policy(), ReferenceStore(tmp_path, "base"), micro_batch_tokens=256)
     policy = make_policy()
     _, counts = reference_logps(
-        rows, bigram.backend(), policy, ReferenceStore(tmp_path, "base"), micro_batch_tokens=256
+        rows, fakes.backend(), policy, ReferenceStore(tmp_path, "base"), micro_batch_tokens=256
     )
     assert 0 < counts.computed < 40
     assert sum(n for _, n in policy.asked) == counts.computed == 40 - counts.reused
@@ -248,7 +248,7 @@ def test_what_was_computed_is_written_while_computing(tmp_path: Path) -> None:
 
     store = ReferenceStore(tmp_path, "base")
     reference_logps(
-        bigram.random_rows(40), bigram.backend(), make_policy(), store,
+        fakes.random_rows(40), fakes.backend(), make_policy(), store,
         micro_batch_tokens=256, on_progress=look, clock=clock,
     )  # fmt: skip
     assert written[-1] >= 2
@@ -256,7 +256,7 @@ def test_what_was_computed_is_written_while_computing(tmp_path: Path) -> None:
 
 
 def _write(folder: Path, seed: int) -> None:
-    fill(folder, bigram.random_rows(30, seed=0) + bigram.random_rows(30, seed=seed))
+    fill(folder, fakes.random_rows(30, seed=0) + fakes.random_rows(30, seed=seed))
 
 
 def test_processes_share_a_store(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_processes_share_a_store(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path, "base")
     assert store.said == ()
     for seed in range(5):
-        assert all(store.get(row) is not None for row in bigram.random_rows(30, seed=seed))
+        assert all(store.get(row) is not None for row in fakes.random_rows(30, seed=seed))
     assert [file for file in store.folder.iterdir() if file.suffix != ".shard"] == []
 
 
@@ -283,16 +283,16 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RunError, match="No space left on device"):
-        fill(tmp_path, bigram.random_rows(3))
+        fill(tmp_path, fakes.random_rows(3))
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
 
 def test_progress_counts_rows() -> None:
-    rows = bigram.random_rows(25)
+    rows = fakes.random_rows(25)
     seen: list[tuple[int, int]] = []
     found = list(
         logps_pass(
-            rows, bigram.backend(), make_policy(),
+            rows, fakes.backend(), make_policy(),
             reference=False, micro_batch_tokens=256, on_progress=lambda *at: seen.append(at),
         )
     )  # fmt: skip

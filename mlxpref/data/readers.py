@@ -76,13 +76,13 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def read_json(file: Path) -> Rows:
-    """An array of rows, an object with one array in it ({"data": [...]}), or JSON lines after all.
+    """An array of rows, alone or under "data" or "rows" in an object; or JSON lines after all.
 
     Places are counted in rows, the first being 1.
     """
     with _opened(file) as stream:
         head = _first_line(stream)
-    if head.startswith(b"{") and _is_json(head):
+    if _is_row(head):
         yield from read_jsonl(file)
         return
     with _opened(file) as stream:
@@ -95,7 +95,10 @@ def read_json(file: Path) -> Rows:
         raise DataError(f"{file}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error})") from error
-    for number, row in enumerate(_array(value, file), 1):
+    array = _array(value)
+    if array is None:
+        raise DataError(f"{file}: holds no array of rows; give JSON lines, or one array of objects")
+    for number, row in enumerate(array, 1):
         yield f"{file.name}:{number}", row
 
 
@@ -103,23 +106,19 @@ def _first_line(stream: IO[bytes]) -> bytes:
     return next((line.strip() for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
 
 
-def _is_json(line: bytes) -> bool:
+def _is_row(line: bytes) -> bool:
+    """Whether a line is a whole JSON object, and not one around an array of rows."""
     try:
-        json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return False
-    return True
+    return isinstance(value, dict) and _array(value) is None
 
 
-def _array(value: Any, file: Path) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    members = value.items() if isinstance(value, dict) else ()
-    arrays = {key: item for key, item in members if isinstance(item, list)}
-    if len(arrays) == 1:
-        return next(iter(arrays.values()))
-    found = f"{len(arrays)} arrays ({', '.join(arrays)})" if arrays else "no array"
-    raise DataError(f"{file}: holds {found} of rows; give JSON lines, or one array of objects")
+def _array(value: Any) -> list[Any] | None:
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("data", "rows") if key in value), None)
+    return value if isinstance(value, list) else None
 
 
 def read_csv(file: Path) -> Rows:

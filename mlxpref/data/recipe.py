@@ -86,6 +86,7 @@ class Recipe:
     top_goal: Goal = None  # type: ignore[assignment]  # filled in below
     attributes: tuple[str, ...] = ()
     attribute_mappings: Mapping[str, ScoreMap] = field(default_factory=dict)
+    _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.carrier not in ("system", "first_user"):
@@ -100,6 +101,9 @@ class Recipe:
         check_template(self.template, self.attributes)
         maps = {name: self.attribute_mappings.get(name, IDENTITY) for name in self.attributes}
         object.__setattr__(self, "attribute_mappings", maps)
+        numbers = dict.fromkeys(self.attributes or ("score",), _NUMBER)
+        pattern = self._fill(numbers, re.escape) + r"(?=\n\n|\Z)"
+        object.__setattr__(self, "_pattern", re.compile(pattern))
         top = self.goal_range[1] if self.top_goal is None else self.top_goal
         if self.attributes and not isinstance(top, Mapping):
             top = dict.fromkeys(self.attributes, top)
@@ -163,9 +167,7 @@ class Recipe:
 
     def _stated(self, prompt: Prompt) -> re.Match[str] | None:
         at = self._place(prompt)
-        numbers = dict.fromkeys(self.attributes or ("score",), _NUMBER)
-        pattern = self._fill(numbers, re.escape) + r"(?=\n\n|\Z)"
-        return None if at is None else re.match(pattern, prompt[at].content)
+        return None if at is None else self._pattern.match(prompt[at].content)
 
     def _place(self, prompt: Prompt) -> int | None:
         """Index of the message that carries the goal, or None where there is no such message yet."""
@@ -259,7 +261,7 @@ class Recipe:
         """The recipe that ``as_dict`` wrote. DataError if it is damaged or of a later version."""
         if stored.get("version") != VERSION:
             raise DataError(f"a recipe of version {stored.get('version')!r}; this mlxpref reads {VERSION}")
-        wanted = {f.name for f in fields(cls)} | {"version"}
+        wanted = {f.name for f in fields(cls) if f.init} | {"version"}
         if set(stored) != wanted:
             raise DataError(f"a recipe with fields {sorted(stored)}; needed {sorted(wanted)}")
         try:

@@ -238,7 +238,14 @@ def relabel_all(
     return rows, counts
 
 
-def check_options(*, halves: str, ties: str, min_gap: float, plain_share: float, num_proc: int) -> None:
+def check_options(
+    *,
+    halves: str = "both",
+    ties: str = "drop",
+    min_gap: float = 0.0,
+    plain_share: float = 0.0,
+    num_proc: int = 1,
+) -> None:
     """UsageError listing every option out of its values."""
     problems = []
     if halves not in ("both", "chosen", "rejected"):

@@ -275,4 +275,5 @@ def _schema(rows: Iterable[Conditioned], layout: _Layout) -> Any:
         columns,
         {name: fixed[name] for name in columns if name in fixed},
         (_to_row(row, layout) for row in rows),
+        nested=("prompt",),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,17 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
 # --- Parquet ---
 
 
-def parquet_schema(columns: Sequence[str], fixed: Mapping[str, Any], rows: Iterable[Row]) -> Any:
+def parquet_schema(
+    columns: Sequence[str], fixed: Mapping[str, Any], rows: Iterable[Row], *, nested: Collection[str] = ()
+) -> Any:
     """One schema for all splits: ``fixed`` Arrow types by column, the others inferred from the rows.
 
     A free column of mappings, or of values that no one Arrow type holds, becomes JSON text: Arrow
-    would give every mapping the keys of all of them.
+    would give every mapping the keys of all of them. The columns ``nested`` stay as they are, since
+    other programs look into them.
+
+    Raises:
+        DataError: no one Arrow type fits a nested column.
     """
     import pyarrow as pa
 
@@ -77,7 +83,10 @@ def parquet_schema(columns: Sequence[str], fixed: Mapping[str, Any], rows: Itera
     for row in rows if values else ():
         for name, found in values.items():
             found.append(row[name])
-    free = [_free_field(name, found) for name, found in values.items()]
+    free = [
+        _nested_field(name, found) if name in nested else _free_field(name, found)
+        for name, found in values.items()
+    ]
     by_name = {field.name: field for field in free} | {
         name: pa.field(name, type_) for name, type_ in fixed.items()
     }
@@ -94,6 +103,15 @@ def _free_field(name: str, values: Sequence[Any]) -> Any:
         return pa.field(name, pa.array(values).type)
     except pa.ArrowException:
         return as_text
+
+
+def _nested_field(name: str, values: Sequence[Any]) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.field(name, pa.array(values).type)
+    except pa.ArrowException as error:
+        raise DataError(f"Parquet cannot hold the column {name} ({error}); write JSONL instead") from error
 
 
 def _holds_mapping(value: Any) -> bool:

@@ -110,19 +110,29 @@ def _choose_format(spec: SourceSpec, columns: frozenset[str]) -> Format:
         return wanted
     found = next((entry for entry in FORMATS.values() if entry.fits(columns)), None)
     if found is None:
-        # Nearest: the one with the fewest columns missing, then the most present.
-        lacks = {entry.name: [n for n in entry.needs if n not in columns] for entry in FORMATS.values()}
-        nearest = min(FORMATS.values(), key=lambda e: (len(lacks[e.name]), -len(e.needs)))
-        raise DataError(_missing(spec, columns, nearest, lacks[nearest.name]))
+        raise DataError(_unrecognised(spec, columns))
     return found
+
+
+def _unrecognised(spec: SourceSpec, columns: frozenset[str]) -> str:
+    """What the nearest format lacks; when no format has any column in common, what each needs."""
+    general_first = reversed(FORMATS.values())
+    lacks = {entry: [name for name in entry.needs if name not in columns] for entry in general_first}
+    nearest = max(lacks, key=lambda entry: (len(entry.needs) - len(lacks[entry]), -len(lacks[entry])))
+    if len(lacks[nearest]) < len(nearest.needs):
+        return _missing(spec, columns, nearest, lacks[nearest])
+    known = "; ".join(f"{entry.name} ({', '.join(entry.needs)})" for entry in FORMATS.values())
+    return (
+        f"{spec.path}: no known format fits the columns {', '.join(sorted(columns))}. Known: {known}. "
+        "Say which column is which: --columns prompt=NAME,chosen=NAME,rejected=NAME"
+    )
 
 
 def _missing(spec: SourceSpec, columns: frozenset[str], wanted: Format, lacking: Sequence[str]) -> str:
     asked = "format" if spec.format else "no known format fits; nearest is"
-    missing = ", ".join(lacking) or "a score column"
     return (
         f"{spec.path}: {asked} {wanted.name!r}, which needs the columns {', '.join(wanted.needs)}; "
-        f"missing: {missing}. The data have: {', '.join(sorted(columns))}. "
+        f"missing: {', '.join(lacking) or 'a score'}. The data have: {', '.join(sorted(columns))}. "
         f"Say which column is which: --columns {(lacking or ['score'])[0]}=NAME"
     )
 

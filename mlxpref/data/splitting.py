@@ -43,9 +43,9 @@ def split_by_prompt(
         sizes[key] = sizes.get(key, 0) + 1
     line = sorted(sizes, key=lambda key: place_in_line(seed, key), reverse=True)
     home: dict[str, str] = {}
-    for name, share in wanted.items():
-        held = 0
-        while line and held < max(1, round(share * len(examples))):
+    for done, (name, share) in enumerate(wanted.items(), start=1):
+        held, others = 0, len(wanted) - done + 1  # a prompt is left for every later split and for train
+        while len(line) > others and held < max(1, round(share * len(examples))):
             key = line.pop()
             home[key] = name
             held += sizes[key]

@@ -101,7 +101,8 @@ def open_table(spec: SourceSpec) -> Table:
             if getattr(spec, name) is not None:
                 raise UsageError(f"{spec.path} lies on this disk: --{name} is for data sets of the hub")
         return _file_table(path, spec) if path.is_file() else _folder_table(path, spec)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.path) and ending(path) not in (*READERS, ".parquet"):
+    may_be_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec.path)  # not "./data", "../data"
+    if may_be_id and ending(path) not in (*READERS, ".parquet"):
         return _hub_table(spec)
     raise DataError(f"{spec.path}: no such file or folder{_like(path)}")
 

@@ -157,9 +157,12 @@ def _prepare(
     counts = Counts()
     for source, example in enumerate(examples):
         found = views_of(source, example, recipe)
-        ids = found if isinstance(found, Dropped) else _tokenize_views(found, tokenizer, lengths)
-        if isinstance(found, Dropped) or isinstance(ids, Dropped):
-            counts.drop(ids if isinstance(ids, Dropped) else found)
+        if isinstance(found, Dropped):
+            counts.drop(found)
+            continue
+        ids = _tokenize_views(found, tokenizer, lengths)
+        if isinstance(ids, Dropped):
+            counts.drop(ids)
             continue
         counts.kept += 1
         views += found

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from mlxpref.data.recipe import OVERALL, Recipe
 from mlxpref.data.relabel import TIE, relabel, unconditioned
-from mlxpref.data.scale import ScoreMap
+from mlxpref.data.scale import IDENTITY
 from mlxpref.errors import DataError, ScoreError
 from mlxpref.evaluate.measures import Pair, Roles
 from mlxpref.records import Conditioned, Dropped, Goal, Scored
@@ -165,5 +165,5 @@ def restore(rows: Sequence[Conditioned], recipe: Recipe | None) -> list[Scored]:
 
 def in_goal_units(recipe: Recipe) -> Recipe:
     """The recipe for examples whose scores are goals already; attributes keep their maps."""
-    maps = {name: ScoreMap() if name == OVERALL else m for name, m in recipe.attribute_mappings.items()}
-    return replace(recipe, mapping=ScoreMap(), score_range=None, attribute_mappings=maps)
+    maps = {name: IDENTITY if name == OVERALL else m for name, m in recipe.attribute_mappings.items()}
+    return replace(recipe, mapping=IDENTITY, score_range=None, attribute_mappings=maps)

@@ -223,7 +223,7 @@ def _explain(folder: Path, message: str) -> str:
             "model.embed_tokens.weight, and copy the tokenizer files beside it."
         )
     if "not supported" in message:
-        return f"{folder}: {first} `mlxpref probe --list` shows the architectures mlx-lm knows."
+        return f"{folder}: {first} The installed mlx-lm does not know this architecture; try a newer one."
     return f"{folder}: the weights do not fit the model's config.json: {first}"
 
 

@@ -33,35 +33,63 @@ class Probe:
         return not self.reason and self.logps <= tolerance and self.gradients <= tolerance
 
 
-def choose_way(policy: Policy) -> Probe:
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What a model allows, each compared with the plain whole forward.
+
+    Attributes:
+        chosen: "shared" or "plain".
+        split_head: logits of response positions alone, in chunks.
+        shared, checkpointed: the comparisons behind it; the latter along the chosen way.
+        tolerance: what rounding alone may explain in this dtype.
+    """
+
+    chosen: str
+    split_head: bool
+    shared: Probe
+    checkpointed: Probe | None
+    tolerance: float
+
+
+def choose_way(policy: Policy) -> Ways:
     """Set ``policy.way`` (and whether its head is split) by what agrees with the plain whole forward.
 
     Raises:
         ModelError: gradient checkpointing was asked for and is not exact on this architecture.
     """
-    network = policy.network
+    wanted = policy.network.grad_checkpoint
+    ways = examine(policy, checkpointing=wanted)
+    policy.way, policy.network.split_head, policy.network.grad_checkpoint = ways.chosen, ways.split_head, wanted
+    if ways.checkpointed is not None and not ways.checkpointed.exact(ways.tolerance):
+        found = ways.checkpointed
+        raise ModelError(
+            f"gradient checkpointing is not exact on {policy.config.get('model_type')} "
+            f"({found.reason or f'gradients differ by {found.gradients:.1e}'}); train without grad_checkpoint"
+        )
+    return ways
+
+
+def examine(policy: Policy, *, checkpointing: bool = True) -> Ways:
+    """Run every way on a handful of random tokens; the policy is left as it was."""
+    network, training = policy.network, policy.model.training
     tolerance = TOLERANCE[dtype_name(policy.model)]
     rows = _random_rows(_vocabulary(policy))
-    wanted_checkpoint, network.grad_checkpoint = network.grad_checkpoint, False
-    training = policy.model.training
+    plain, shared = micro_batch(rows, shared=0), micro_batch(rows, shared=5)
+    held = network.split_head, network.grad_checkpoint
+    network.grad_checkpoint = False
     policy.model.eval()
-    plain = micro_batch(rows, shared=0)
-    whole = _outcome(policy, plain, Network(policy.model, split_head=False))
-    if network.split_head:
-        network.split_head = _compare(policy, plain, network, whole).exact(tolerance)
-    probe = _compare(policy, micro_batch(rows, shared=5), network, whole)
-    policy.way = "shared" if probe.exact(tolerance) else "plain"
-    if wanted_checkpoint:
-        network.grad_checkpoint = True
-        check = _compare(policy, micro_batch(rows, shared=5 if policy.share_prompts else 0), network, whole)
-        if not check.exact(tolerance):
-            raise ModelError(
-                f"gradient checkpointing is not exact on {policy.config.get('model_type')} "
-                f"({check.reason or f'gradients differ by {check.gradients:.1e}'}); train without grad_checkpoint"
-            )
-    if training:
-        policy.model.train()
-    return probe
+    try:
+        whole = _outcome(policy, plain, Network(policy.model, split_head=False))
+        if network.split_head:
+            network.split_head = _compare(policy, plain, network, whole).exact(tolerance)
+        sharing = _compare(policy, shared, network, whole)
+        exact = sharing.exact(tolerance)
+        network.grad_checkpoint = checkpointing
+        again = _compare(policy, shared if exact else plain, network, whole) if checkpointing else None
+        return Ways("shared" if exact else "plain", network.split_head, sharing, again, tolerance)
+    finally:
+        network.split_head, network.grad_checkpoint = held
+        policy.model.train(training)
 
 
 def _vocabulary(policy: Policy) -> int:

@@ -23,7 +23,7 @@ from mlxpref.objectives.registry import (
     Share,
     objective,
 )
-from mlxpref.objectives.resolve import Objective, resolve_objective
+from mlxpref.objectives.resolve import Objective, find_objective, resolve_objective
 
 __all__ = [
     "TABLE",
@@ -38,6 +38,7 @@ __all__ = [
     "PerResponse",
     "Positive",
     "Share",
+    "find_objective",
     "margin",
     "objective",
     "policy_only",

@@ -61,9 +61,7 @@ def mean_over_pairs(losses: Array, pairs: Pairs, scores: Array | None) -> Array:
     return ops.where(counts, losses, 0.0).sum(0) / ops.where(n > 0, n, 1)
 
 
-def lift_columns(
-    columns: Mapping[str, Any], kinds: Mapping[str, Any], pairs: Pairs
-) -> dict[str, Any]:
+def lift_columns(columns: Mapping[str, Any], kinds: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
     """Every column of a formula as columns of pairs."""
     return {name: take_pairs(column, pairs, kinds[name]) for name, column in columns.items()}
 

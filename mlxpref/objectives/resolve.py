@@ -195,9 +195,10 @@ def _term(item: object, problems: list[str]) -> Term | None:
     if name is None:
         problems.append(f"{item!r}: expected the name of an objective, or a mapping with name and options")
         return None
-    entry = TABLE.get(str(name))
-    if entry is None:
-        problems.append(_unknown_objective(str(name)))
+    try:
+        entry = find_objective(str(name))
+    except ObjectiveError as error:
+        problems.append(str(error))
         return None
     found = _option_problems(entry, options)
     try:
@@ -242,13 +243,17 @@ def _option_problems(entry: Entry, options: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _unknown_objective(name: str) -> str:
+def find_objective(name: str) -> Entry:
+    """The table's entry of that name. ObjectiveError: there is none; it names the nearest, also by the
+    names other programs use."""
+    if name in TABLE:
+        return TABLE[name]
     aliases = {alias.lower(): entry.name for entry in TABLE.values() for alias in entry.aliases}
     plain = name.lower().replace("-", "_").replace(" ", "_")
     near = difflib.get_close_matches(plain, TABLE, n=3, cutoff=0.6)
     found = [aliases[plain]] if plain in aliases else near
     hint = f"did you mean {' or '.join(found)}? " if found else ""
-    return f"{name}: no such objective; {hint}There are: {', '.join(TABLE)} (`mlxpref objectives`)"
+    raise ObjectiveError(f"{name}: no such objective; {hint}There are: {', '.join(TABLE)}")
 
 
 def _unknown_option(entry: Entry, key: str) -> str:

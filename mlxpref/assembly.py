@@ -1,0 +1,312 @@
+"""A run put together: policy, plan, reference, step, and what the loop calls of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mlxpref.callbacks import RunStart, TrainCallback
+from mlxpref.config import Config
+from mlxpref.config_layers import dump_config
+from mlxpref.data.batching import collate_step
+from mlxpref.data.plan import Plan, plan_steps
+from mlxpref.errors import ConfigError, raise_all
+from mlxpref.facts import adapter_facts, check_same, describe, run_facts
+from mlxpref.loop import Loop, LoopSettings, Progress, Work
+from mlxpref.metrics import step_metrics
+from mlxpref.objectives import Objective
+from mlxpref.prepare import Prepared, prepare
+from mlxpref.records import Batch, StepReport, Tokenized
+from mlxpref.reference import ReferenceCounts, ReferenceStore, default_store_folder, reference_logps
+from mlxpref.runs import RunFolder
+from mlxpref.schedules import make_schedule, n_warmup
+
+STEPS_PER_EVAL = 200
+"""Of runs that have validation rows and do not say."""
+
+Seen = Sequence[tuple[Batch, StepReport]]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows of one split with their plan and reference log-probs (None where none are needed)."""
+
+    rows: tuple[Tokenized, ...]
+    plan: Plan
+    reference: list[list[np.ndarray]] | None
+
+    def batch(self, index: int, columns: frozenset[str]) -> Batch:
+        return collate_step(self.rows, self.plan.steps[index], self.reference, columns)
+
+    @property
+    def visited(self) -> int:
+        """Rows the plan visits."""
+        return sum(len(part.rows) for step in self.plan.steps for part in step)
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Puts a run together, room by room, and tells the listeners what it finds."""
+
+    config: Config
+    objective: Objective
+    machine: ModuleType
+    run: RunFolder
+    listeners: TrainCallback
+    now: Callable[[], datetime]
+
+    def loop(self, resume: bool, clock: Callable[[], float]) -> Loop:
+        config, run = self.config, self.run
+        data = self._data()
+        eval_every = self._eval_every(data)
+        checkpoint = run.last_checkpoint() if resume else None
+        for text in run.said:
+            self.listeners.on_note(f"warning: {text}")
+        policy = self._policy()
+        plan = self._plan(data.train, policy)
+        schedule = self._schedule(len(plan.steps))
+        known = run.facts() if resume else {}
+        facts = run_facts(
+            config, self.objective, self.machine, data, policy, plan,
+            starts=known.get("starts", ()),
+            step=checkpoint.step if checkpoint is not None else 0,
+            time=self.now(),
+        )  # fmt: skip
+        for text in check_same(known, facts, run.path):
+            self.listeners.on_note(f"warning: {text}")
+        run.begin(dump_config(config), facts)
+        run.rewind(checkpoint)
+        splits, counts = self._references(data, policy, plan, eval_every)
+        step = self._step(policy)
+        progress = Progress()
+        if checkpoint is not None:
+            step.load_state(checkpoint.folder)
+            progress = Progress.from_dict(checkpoint.state)
+        lines = tuple(describe(config, self.objective, data, policy, plan, counts, done=progress.step))
+        if "valid" in splits:
+            valid = splits["valid"]
+            lines += (f"evaluation: {valid.visited} of {len(valid.rows)} rows every {eval_every} steps",)
+        self.listeners.on_start(RunStart(run.path, len(plan.steps), progress.step, facts, lines))
+        training = config.training
+        return Loop(
+            work=self._work(policy, step, splits, facts),
+            run=run,
+            schedule=schedule,
+            epochs=plan.epochs,
+            settings=LoopSettings(
+                save_every=training.save_every,
+                steps_per_report=training.steps_per_report,
+                steps_per_eval=eval_every,
+                keep_last=training.keep_last,
+                best_metric=training.best_metric,
+                early_stopping=training.early_stopping,
+            ),
+            callbacks=self.listeners,
+            progress=progress,
+            clock=clock,
+            checkpoint=checkpoint.folder if checkpoint is not None else None,
+        )
+
+    # --- what a run is made of ---
+
+    def _data(self) -> Prepared:
+        data = prepare(self.config)
+        rows = (*data.train, *data.valid)
+        there = {"reference"} | set.intersection(*(set(row.extras) for row in rows))
+        if all(row.scores is not None for row in rows):
+            there.add("scores")
+        self.objective.check_columns(there)
+        return data
+
+    def _eval_every(self, data: Prepared) -> int:
+        """Steps between evaluations; 0 for none. ConfigError if some are asked for and cannot be made."""
+        training = self.config.training
+        if data.valid:
+            return STEPS_PER_EVAL if training.steps_per_eval is None else training.steps_per_eval
+        asked = [f"training.{key}" for key in ("steps_per_eval", "best_metric") if getattr(training, key)]
+        raise_all(
+            [f"{key} needs validation rows: give data.valid or data.valid_fraction" for key in asked],
+            ConfigError,
+            "there are no validation rows:",
+        )
+        return 0
+
+    def _policy(self) -> Any:
+        model, adapter, training = self.config.model, self.config.adapter, self.config.training
+        lora = adapter.lora_parameters
+        return self.machine.load_policy(
+            model.path,
+            revision=model.revision,
+            dtype=model.dtype,
+            fine_tune_type=adapter.fine_tune_type,
+            num_layers=adapter.num_layers,
+            lora_parameters=None if lora is None else lora.arguments(),
+            init_from=adapter.init_from,
+            grad_checkpoint=training.grad_checkpoint,
+            seed=training.seed,
+        )
+
+    def _plan(self, rows: Sequence[Tokenized], policy: Any) -> Plan:
+        batching, training = self.config.batching, self.config.training
+        return plan_steps(
+            rows,
+            batch_size=batching.batch_size,
+            iters=training.iters,
+            epochs=training.epochs,
+            micro_batch_tokens=batching.micro_batch_tokens,
+            share_prompts=policy.share_prompts,
+            shuffle=batching.shuffle,
+            keep_together=batching.keep_together,
+            seed=training.seed,
+            max_shapes=batching.max_shapes - self._eval_shapes,
+        )
+
+    @property
+    def _eval_shapes(self) -> int:
+        """The share of the shapes that evaluation may use: it is traced besides the update."""
+        return max(1, self.config.batching.max_shapes // 4)
+
+    def _plan_evaluation(self, rows: Sequence[Tokenized], policy: Any) -> Plan:
+        """Batches like those of training: an objective may couple the examples of one."""
+        batching, training = self.config.batching, self.config.training
+        n = training.val_batches
+        some = 0 < n * batching.batch_size < len(rows)
+        return plan_steps(
+            rows,
+            batch_size=batching.batch_size,
+            iters=n if some else None,
+            epochs=None if some else 1.0,
+            micro_batch_tokens=batching.micro_batch_tokens,
+            share_prompts=policy.share_prompts,
+            shuffle=some,
+            keep_together=batching.keep_together,
+            seed=training.seed,
+            max_shapes=self._eval_shapes,
+        )
+
+    def _schedule(self, n_steps: int) -> Callable[[int], float]:
+        optimizer = self.config.optimizer
+        given = optimizer.schedule
+        warmup = n_warmup(n_steps, warmup_steps=given.warmup_steps, warmup_ratio=given.warmup_ratio)
+        return make_schedule(
+            given.name,
+            learning_rate=optimizer.learning_rate,
+            n_steps=n_steps,
+            warmup=warmup,
+            end=given.end,
+        )
+
+    def _step(self, policy: Any) -> Any:
+        optimizer = self.config.optimizer
+        return self.machine.make_step(
+            policy,
+            self.objective,
+            optimizer=optimizer.name,
+            optimizer_options=dict(optimizer.options),
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+        )
+
+    def _references(
+        self, data: Prepared, policy: Any, plan: Plan, eval_every: int
+    ) -> tuple[dict[str, Split], ReferenceCounts | None]:
+        """Both splits with their reference log-probs, from one store."""
+        plans = {"train": plan}
+        if eval_every:
+            plans["valid"] = self._plan_evaluation(data.valid, policy)
+        rows = {"train": data.train, "valid": data.valid}
+        if "reference" not in self.objective.needs:
+            return {name: Split(rows[name], plans[name], None) for name in plans}, None
+        folder = self.config.reference.store
+        store = ReferenceStore(Path(folder) if folder else default_store_folder(), policy.fingerprint)
+        for text in store.said:
+            self.listeners.on_note(f"warning: {text}")
+        logps, counts = reference_logps(
+            [row for name in plans for row in rows[name]],
+            self.machine,
+            policy,
+            store,
+            micro_batch_tokens=self.config.batching.micro_batch_tokens,
+            on_progress=lambda done, total: self.listeners.on_progress("reference", done, total),
+        )
+        splits, start = {}, 0
+        for name in plans:
+            splits[name] = Split(rows[name], plans[name], logps[start : start + len(rows[name])])
+            start += len(rows[name])
+        return splits, counts
+
+    # --- what the loop calls ---
+
+    def _work(self, policy: Any, step: Any, splits: Mapping[str, Split], facts: Mapping[str, Any]) -> Work:
+        objective, machine = self.objective, self.machine
+        train_split, columns = splits["train"], objective.reads
+
+        def save_adapter(folder: Path, done: int) -> None:
+            machine.save_adapter(policy, folder, extra=adapter_facts(facts, done))
+
+        def save(folder: Path, done: int) -> None:
+            save_adapter(folder, done)
+            step.save_state(folder)
+
+        def evaluate() -> Iterator[Mapping[str, float] | None]:
+            split = splits["valid"]
+            seen = []
+            for index in range(len(split.plan.steps)):
+                batch = split.batch(index, columns)
+                seen.append((batch, step.evaluate(batch)))
+                self.listeners.on_progress("evaluation", index + 1, len(split.plan.steps))
+                yield None
+            yield _metrics(split.rows, seen, objective)
+
+        return Work(
+            batch=lambda index: train_split.batch(index, columns),
+            update=step,
+            evaluate=evaluate,
+            save=save,
+            save_adapter=save_adapter,
+            metrics=lambda batch, report: _metrics(train_split.rows, [(batch, report)], objective),
+            memory=machine.memory,
+        )
+
+
+def _metrics(rows: Sequence[Tokenized], seen: Seen, objective: Objective) -> dict[str, float]:
+    """Metrics over all examples of some reports; lists of different K are measured apart and averaged."""
+    groups: dict[int, list[tuple[Batch, StepReport]]] = {}
+    for batch, report in seen:
+        groups.setdefault(report.policy_sums.shape[1], []).append((batch, report))
+    found = [_group_metrics(rows, group, objective) for group in groups.values()]
+    if len(found) == 1:
+        return found[0][0]
+    averaged = {}
+    for key in dict.fromkeys(key for metrics, _ in found for key in metrics):
+        having = [(metrics[key], n) for metrics, n in found if key in metrics]
+        averaged[key] = sum(value * n for value, n in having) / sum(n for _, n in having)
+    return averaged
+
+
+def _group_metrics(
+    rows: Sequence[Tokenized], seen: Seen, objective: Objective
+) -> tuple[dict[str, float], int]:
+    """Metrics of reports of one K, and how many examples they are of."""
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([np.asarray(getattr(report, name)) for _, report in seen])
+
+    members = [rows[index] for batch, _ in seen for part in batch.rows for index in part]
+    metrics = step_metrics(
+        joined("policy_sums"),
+        None if seen[0][1].reference_sums is None else joined("reference_sums"),
+        joined("lengths"),
+        joined("losses"),
+        objective.beta,
+        [row.half for row in members],
+        weights=np.array([row.weight for row in members]),
+        per_token=objective.per_token,
+    )
+    return metrics, len(members)

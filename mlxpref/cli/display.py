@@ -1,0 +1,171 @@
+"""How a run looks while it goes: a live line of figures on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxpref.callbacks import RunStart, TrainCallback
+from mlxpref.cli import console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from mlxpref.loop import TrainResult
+
+FIGURES = (
+    ("loss", "loss", ".4f"),
+    ("acc", "rewards/accuracies", ".2f"),
+    ("margin", "rewards/margins", ".4f"),
+    ("lr", "learning_rate", ".2e"),
+    ("tok/s", "tokens_per_second", ".0f"),
+    ("GB", "peak_memory_gb", ".2f"),
+)
+"""(label, metric, format) of what a report line shows."""
+
+EVAL_FIGURES = (
+    ("loss", "eval_loss", ".4f"),
+    ("acc", "eval_rewards/accuracies", ".2f"),
+    ("margin", "eval_rewards/margins", ".4f"),
+    ("acc when the chosen's score is asked for", "eval_chosen_half/rewards/accuracies", ".2f"),
+    ("the rejected's", "eval_rejected_half/rewards/accuracies", ".2f"),
+)
+
+
+def figures(metrics: Mapping[str, Any], shown: tuple[tuple[str, str, str], ...] = FIGURES) -> str:
+    """``loss 0.6931  acc 0.50  …``, of those that are there."""
+    return "  ".join(f"{label} {metrics[key]:{form}}" for label, key, form in shown if key in metrics)
+
+
+def duration(seconds: float) -> str:
+    """``2:05:09``, ``5:09``: hours, minutes, seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TrainDisplay(TrainCallback):
+    """Prints a run's beginning, reports, evaluations, checkpoints and end.
+
+    Args:
+        live: draw a moving line; by default when standard output is a terminal.
+        clock: seconds, for the time left.
+    """
+
+    def __init__(self, *, live: bool | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._live = console.is_terminal() if live is None else live
+        self._clock = clock
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._stage: tuple[str, int] | None = None
+        self._n_steps = self._done = 0
+        self._began = 0.0
+
+    # --- before the steps ---
+
+    def on_note(self, text: str) -> None:
+        if text.startswith("warning: "):
+            console.warn(text.removeprefix("warning: "))
+        else:
+            console.note(text)
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{what} {done}/{total}")
+        elif what == "reference":
+            self._plain_progress(what, done, total)
+
+    def _plain_progress(self, what: str, done: int, total: int) -> None:
+        """A line for each tenth, so that a log stays short."""
+        tenth = 10 * done // max(1, total)
+        if (what, tenth) != self._stage:
+            self._stage = (what, tenth)
+            console.note(f"{what}: {done}/{total}")
+
+    def on_start(self, start: RunStart) -> None:
+        for line in start.lines:
+            if line.startswith("warning: "):
+                console.warn(line.removeprefix("warning: "))
+            else:
+                console.say(line)
+        console.say(f"run folder: {start.folder}")
+        self._n_steps, self._done, self._began = start.n_steps, start.done, self._clock()
+        if self._live:
+            self._open_bar(start)
+
+    def _open_bar(self, start: RunStart) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console.console(),
+            transient=True,
+        )
+        self._task = self._bar.add_task("train", total=start.n_steps, completed=start.done, figures="")
+        self._bar.start()
+
+    # --- as it goes ---
+
+    def _left(self, step: int) -> str:
+        made = step - self._done
+        return duration((self._clock() - self._began) / made * (self._n_steps - step)) if made else "?"
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._bar is not None:
+            shown = f"{figures(metrics)}  left {self._left(step)}"
+            self._bar.update(self._task, description="train", completed=step, figures=shown)
+
+    def on_report(self, step: int, metrics: Mapping[str, float]) -> None:
+        skipped = metrics.get("skipped_steps", 0)
+        tail = f"  skipped {skipped:.0f}" if skipped else ""
+        self._line(f"step {step}/{self._n_steps}  {figures(metrics)}  left {self._left(step)}{tail}")
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._line(f"step {step}/{self._n_steps}  evaluation: {figures(metrics, EVAL_FIGURES)}")
+
+    def on_save(self, step: int, folder: Path) -> None:
+        self._line(f"step {step}/{self._n_steps}  saved {folder}")
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            console.say(text)
+            sys.stdout.flush()
+
+    def on_interrupt(self, signal_number: int) -> None:
+        name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
+        text = f"\n{name}: finishing this step, then saving (Ctrl-C again stops at once and saves nothing)\n"
+        os.write(2, text.encode())  # a handler may run inside another write: no buffers here
+
+    # --- the end ---
+
+    def on_end(self, result: TrainResult) -> None:
+        self.close()
+        if result.stopped:
+            console.say(f"stopped early at step {result.step}: {result.stopped}")
+        if result.skipped:
+            console.warn(f"{result.skipped} steps were not finite and changed nothing")
+        if result.best_step is not None:
+            console.say(
+                f"best {result.metric} {result.best_value:.4g} at step {result.best_step}: "
+                f"{result.folder / 'best'}"
+            )
+        if result.interrupted is None:
+            console.say(f"done: {result.step} steps; adapter in {result.folder}")
+        else:
+            console.say(f"stopped after step {result.step} of {result.n_steps}; everything is saved. Go on with")
+            console.say(f"  mlxpref train --adapter-path {result.folder} --resume")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

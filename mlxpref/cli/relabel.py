@@ -1,0 +1,303 @@
+"""``mlxpref relabel``: scored data in, conditioned preference data out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxpref.cli import console
+from mlxpref.data.folders import check_free
+from mlxpref.data.recipe import Recipe, format_number, resolve_carrier
+from mlxpref.data.relabel_sources import RelabelledSplits, relabel_sources
+from mlxpref.data.relabelled import is_relabelled, read_relabelled, write_relabelled
+from mlxpref.data.sources import SourceSpec, parse_columns
+from mlxpref.errors import DataError, UsageError
+from mlxpref.records import Conditioned, Goal
+
+EPILOG = """\b
+Example:
+  mlxpref relabel pairs.jsonl --preview 2
+  mlxpref relabel pairs.jsonl --out relabelled --valid-fraction 0.05 --model Qwen/Qwen3-0.6B
+  mlxpref relabel nvidia/HelpSteer2 --attributes helpfulness,correctness --score-range 0 4 --out helpful
+  mlxpref relabel more.jsonl --out more --recipe relabelled
+
+The default template is the one of the reward-augmented DPO code. An own one holds {score} (or {goals},
+a line for each attribute), and where it likes {low} and {high}, the ends of --goal-range.
+"""
+
+RECIPE_OPTIONS = (
+    "template", "carrier", "score_range", "goal_range", "mapping", "number_format", "attributes", "top_goal",
+)  # fmt: skip
+"""What --recipe decides already."""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("source", nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write; without it only look (--preview)."
+)
+@click.option("--overwrite", is_flag=True, help="Replace relabelled data that --out holds already.")
+@click.option("--file-format", type=click.Choice(["jsonl", "parquet"]), default="jsonl", show_default=True)
+@click.option(
+    "--preview", type=click.IntRange(0), default=0, metavar="N", help="Print the exact text of N rows."
+)
+@click.option("--format", "data_format", metavar="NAME", help="Format of the source; detected by default.")
+@click.option(
+    "--columns", metavar="OURS=THEIRS,…", help="Columns of other names: prompt=question,chosen=best."
+)
+@click.option("--score", metavar="NAME", help="The score to ask for, where the data have several.")
+@click.option("--config", metavar="NAME", help="Configuration of a hub data set.")
+@click.option("--split", metavar="NAME", help="Read this split only; by default train, valid and test.")
+@click.option("--revision", metavar="REV", help="Revision of a hub data set.")
+@click.option(
+    "--weight", multiple=True, type=float, help="Rows taken for each row of a source; once a source."
+)
+@click.option("--limit", type=click.IntRange(1), help="Rows read at most, of each source and split.")
+@click.option("--streaming", is_flag=True, help="Read a hub data set row by row, without a copy on disk.")
+@click.option(
+    "--model", metavar="PATH", help="Ask this model's chat template where a goal can stand; preview with it."
+)
+@click.option(
+    "--recipe", "recipe_from", metavar="FOLDER", help="Use the recipe of these relabelled data as it is."
+)
+@click.option("--template", metavar="FILE|TEXT", help="The words of the goal; by default the seed's.")
+@click.option(
+    "--carrier",
+    type=click.Choice(["auto", "system", "first_user"]),
+    default="auto",
+    show_default=True,
+    help="Message that states the goal; auto asks the chat template of --model.",
+)
+@click.option(
+    "--score-range",
+    nargs=2,
+    type=float,
+    metavar="LOW HIGH",
+    help="Scale of the scores; one off it is dropped.",
+)
+@click.option(
+    "--goal-range", nargs=2, type=float, metavar="LOW HIGH", help="Scale the prompt names.  [default: 1 10]"
+)
+@click.option(
+    "--mapping",
+    type=click.Choice(["auto", "identity", "affine", "quantile"]),
+    default="auto",
+    show_default=True,
+    help="Scores to goals; auto leaves scores that fit the scale as they are.",
+)
+@click.option(
+    "--number-format",
+    type=click.IntRange(0, 6),
+    metavar="DECIMALS",
+    help="Always so many decimals; by default 8, 8.5, 7.25 as they come.",
+)
+@click.option(
+    "--top-goal", type=float, help="What generation asks for by default: the high end of the scale."
+)
+@click.option(
+    "--attributes", metavar="NAME,…", help="Ask for these scores together ('overall' is the score itself)."
+)
+@click.option(
+    "--halves", type=click.Choice(["both", "chosen", "rejected"]), default="both", show_default=True
+)
+@click.option(
+    "--ties",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    show_default=True,
+    help="Examples whose scores are all equal.",
+)
+@click.option(
+    "--min-gap", type=click.FloatRange(0), default=0.0, help="Drop examples with a smaller gap, goal units."
+)
+@click.option(
+    "--plain-share", type=click.FloatRange(0, 1), default=0.0, help="Share of examples without a goal."
+)
+@click.option("--valid-fraction", type=float, help="Part of the training examples to hold out, by prompt.")
+@click.option("--test-fraction", type=float, help="The same for a test split.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Decides splits, plain share and weights."
+)
+@click.option(
+    "--num-proc", type=click.IntRange(1), default=1, show_default=True, help="Processes; never the result."
+)
+@click.option("--strict", is_flag=True, help="A row that cannot be used is an error instead of a count.")
+@click.pass_context
+def command(context: click.Context, source: tuple[str, ...], **options: Any) -> None:
+    """Write each example's scores into its prompt, once as each goal, and order its responses by it.
+
+    SOURCE is a file, a folder with train/valid/test, or a hub data set; several are mixed by --weight.
+    """
+    out, preview = options["out"], options["preview"]
+    if out is None and not preview:
+        raise UsageError("nowhere to write and nothing to show: give --out FOLDER, or --preview N")
+    if out is not None:
+        check_free(out, is_relabelled if options["overwrite"] else None)
+    tokenizer = _tokenizer(options["model"])
+    given = {
+        name for name in options if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
+    }
+    result = relabel_sources(
+        _specs(source, options),
+        _recipe(options, tokenizer, given),
+        fractions={
+            name: value for name in ("valid", "test") if (value := options[f"{name}_fraction"]) is not None
+        },
+        strict=options["strict"],
+        seed=options["seed"],
+        say=console.note,
+        **{name: options[name] for name in ("halves", "ties", "min_gap", "plain_share", "num_proc")},
+    )
+    report(result)
+    for row in islice((row for rows in result.splits.values() for row in rows), preview):
+        show(row, tokenizer)
+    if out is not None:
+        write_relabelled(
+            out,
+            result.splits,
+            result.recipe,
+            file_format=options["file_format"],
+            counts=result.counts,
+            overwrite=options["overwrite"],
+        )
+        console.say(f"written to {out}")
+
+
+# --- options ---
+
+
+def _specs(sources: Sequence[str], options: dict[str, Any]) -> list[SourceSpec]:
+    weights = options["weight"] or (1.0,) * len(sources)
+    if len(weights) != len(sources):
+        raise UsageError(f"{len(weights)} --weight for {len(sources)} sources; give one for each, in order")
+    for path in sources:
+        if is_relabelled(path):
+            raise DataError(f"{path} is relabelled data already; relabel what it was made from")
+    shared = {name: options[name] for name in ("config", "split", "revision", "score", "limit", "streaming")}
+    columns = parse_columns(options["columns"]) if options["columns"] else None
+    return [
+        SourceSpec(path, format=options["data_format"], columns=columns, weight=weight, **shared)
+        for path, weight in zip(sources, weights, strict=True)
+    ]
+
+
+def _recipe(options: dict[str, Any], tokenizer: Any, given: Iterable[str]) -> Recipe | dict[str, Any]:
+    if options["recipe_from"] is not None:
+        clash = [f"--{name.replace('_', '-')}" for name in RECIPE_OPTIONS if name in given]
+        if clash:
+            raise UsageError(f"--recipe says already what {', '.join(clash)} would")
+        recipe = _stored_recipe(options["recipe_from"])
+        _carrier(recipe.carrier, options["model"], tokenizer)
+        return recipe
+    names = [name.strip() for name in (options["attributes"] or "").split(",") if name.strip()]
+    plain = ("score_range", "goal_range", "mapping", "number_format", "top_goal")
+    return {
+        **{name: options[name] for name in plain},
+        "template": _template(options["template"]),
+        "carrier": _carrier(options["carrier"], options["model"], tokenizer),
+        "attributes": names,
+    }
+
+
+def _carrier(wanted: str, model: str | None, tokenizer: Any) -> str:
+    """The carrier to use, said aloud; a warning if the model's template has no place for the one asked for."""
+    if wanted == "auto" and tokenizer is None:
+        console.note(
+            "carrier: system message, since no --model was given to ask; a model without a system role "
+            "(Gemma 2, Mistral 7B v0.3) needs --carrier first_user"
+        )
+        return "system"
+    allowed = wanted if tokenizer is None else resolve_carrier(tokenizer)
+    if wanted == "auto":
+        console.note(f"carrier: {allowed}, as the chat template of {model} has it")
+        return allowed
+    if wanted == "system" and allowed != "system":
+        console.warn(f"the chat template of {model} has no system role, and the goal goes into one")
+    return wanted
+
+
+def _stored_recipe(folder: str) -> Recipe:
+    recipe = read_relabelled(folder).recipe
+    if recipe is None:
+        raise DataError(f"{folder} holds unconditioned data: it has no recipe")
+    return recipe
+
+
+def _template(given: str | None) -> str | None:
+    """The words themselves, or those in a file. Words hold a placeholder, the name of a file does not."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--template is neither a text with {{score}} nor a readable file: {given} ({error})"
+        ) from error
+
+
+def _tokenizer(model: str | None) -> Any:
+    if model is None:
+        return None
+    from mlxpref.data.tokenization import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+# --- what is printed ---
+
+
+def report(result: RelabelledSplits) -> None:
+    """The recipe in a line or two, a row a split, each reason rows were dropped for, and what to look at."""
+    recipe = result.recipe
+    low, high = (format_number(bound) for bound in recipe.goal_range)
+    maps = {m.kind for m in (recipe.attribute_mappings.values() if recipe.attributes else [recipe.mapping])}
+    taken = "taken as they are" if maps == {"identity"} else f"mapped ({', '.join(sorted(maps))})"
+    console.say(f"goals {low} to {high}, scores {taken}; the top to ask for: {goal_words(recipe.top_goal)}")
+    console.say(recipe.goal_text(recipe.top_goal).replace("\n", "\n  ").join(("  ", "")))
+    console.table(
+        ("split", "examples", "dropped", "relabelled", "rows", "goals"),
+        [_line(name, rows, result) for name, rows in result.splits.items()],
+    )
+    for stage, counts in result.counts.items():
+        for line in counts.lines():
+            console.note(f"{stage}: {line}")
+    for note in result.notes:
+        console.warn(note)
+
+
+def _line(name: str, rows: Sequence[Conditioned], result: RelabelledSplits) -> tuple[Any, ...]:
+    done = result.counts[f"relabel/{name}"]
+    dropped = sum(done.dropped.values())
+    goals = {row.goal_text for row in rows if row.goal_text is not None}
+    return name, done.kept + dropped, dropped, done.kept, len(rows), len(goals)
+
+
+def goal_words(goal: Goal | None) -> str:
+    """``8``, ``honesty 4, helpfulness 5``, or ``none``."""
+    if goal is None:
+        return "none"
+    if isinstance(goal, float | int):
+        return format_number(goal)
+    return ", ".join(f"{name} {format_number(value)}" for name, value in goal.items())
+
+
+def show(row: Conditioned, tokenizer: Any) -> None:
+    """The exact text of a row: rendered as the model will read it where there is one, else turn by turn."""
+    console.say(f"\n===== {row.example_id} · half {row.half or 'none'} · goal {goal_words(row.goal)} =====")
+    if tokenizer is not None:
+        from mlxpref.data.tokenization import render_prompt
+
+        console.say("----- prompt, rendered -----")
+        console.say(render_prompt(row.prompt, tokenizer, tools=row.extras.get("tools")))
+    else:
+        for message in row.prompt:
+            console.say(f"----- {message.role} -----\n{message.content}")
+    last = len(row.responses) - 1
+    for place, text in enumerate(row.responses):
+        name = "chosen" if place == 0 else "rejected" if last == 1 else f"response {place + 1} of {last + 1}"
+        score = "" if row.scores is None else f", score {format_number(row.scores[place])}"
+        console.say(f"----- {name}{score} -----\n{text}")

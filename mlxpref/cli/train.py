@@ -1,0 +1,133 @@
+"""``mlxpref train``: a configuration, and what the command line says over it."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxpref.cli import console
+from mlxpref.config import Config
+from mlxpref.config_layers import dump_config, load_config, parse_setting, read_yaml
+from mlxpref.errors import UsageError
+
+FLAGS: Mapping[str, str] = {
+    "model": "model.path",
+    "data": "data.source",
+    "valid": "data.valid",
+    "valid_fraction": "data.valid_fraction",
+    "adapter_path": "output.adapter_path",
+    "objective": "objective",
+    "beta": "objective.beta",
+    "fine_tune_type": "adapter.fine_tune_type",
+    "num_layers": "adapter.num_layers",
+    "init_from": "adapter.init_from",
+    "iters": "training.iters",
+    "epochs": "training.epochs",
+    "batch_size": "batching.batch_size",
+    "optimizer": "optimizer.name",
+    "learning_rate": "optimizer.learning_rate",
+    "max_length": "tokenization.max_length",
+    "grad_checkpoint": "training.grad_checkpoint",
+    "steps_per_report": "training.steps_per_report",
+    "steps_per_eval": "training.steps_per_eval",
+    "val_batches": "training.val_batches",
+    "save_every": "training.save_every",
+    "seed": "training.seed",
+    "report_to": "output.report_to",
+    "project_name": "output.project",
+}
+"""Flag → configuration key. Values are checked where the key's are, in the configuration."""
+
+EPILOG = """\b
+Example:
+  mlxpref train --model mlx-community/Qwen3-0.6B-4bit --data pairs.jsonl --relabel --adapter-path run
+  mlxpref train -c configs/qwen3-0.6b-ultrafeedback.yaml --set optimizer.learning_rate=1e-5
+  mlxpref train --adapter-path run --resume
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option("-c", "--config", "file", type=click.Path(path_type=Path), help="YAML file; see configs/.")
+@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key of it.")
+@click.option("--model", help="Model folder or hub id.")
+@click.option("--data", help="File, folder or hub id of preferences, or a folder `relabel` wrote.")
+@click.option("--valid", help="Validation rows: another file, folder or hub id.")
+@click.option("--valid-fraction", help="Share of the prompts to hold out for validation instead.")
+@click.option("--relabel/--no-relabel", default=None, help="Write goals into the prompts, or train plainly.")
+@click.option("--adapter-path", help="Run folder: the adapter, checkpoints, metrics.")
+@click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
+@click.option("--objective", help="What to minimise; `mlxpref objectives` lists them.")
+@click.option("--beta", help="The objective's beta.")
+@click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), help="What trains.")
+@click.option("--num-layers", help="Layers that train, counted from the last; -1 for all.")
+@click.option("--init-from", "--resume-adapter-file", help="Adapter folder to start from.")
+@click.option("--iters", help="Optimiser steps; or")
+@click.option("--epochs", help="times each example is visited.")
+@click.option("--batch-size", help="Examples of one optimiser step.")
+@click.option("--optimizer", help="adam, adamw, sgd, muon, adafactor or lion.")
+@click.option("--learning-rate", help="Highest learning rate.")
+@click.option("--max-length", "--max-seq-length", help="Tokens of prompt and one response, at most.")
+@click.option("--grad-checkpoint/--no-grad-checkpoint", default=None, help="Less memory, more time.")
+@click.option("--steps-per-report", help="Steps between report lines.")
+@click.option("--steps-per-eval", help="Steps between evaluations; 0 for none.")
+@click.option("--val-batches", help="Batches of one evaluation; -1 for all.")
+@click.option("--save-every", help="Steps between checkpoints.")
+@click.option("--seed", help="Of order, splits and first weights.")
+@click.option("--report-to", help="wandb, swanlab, tensorboard; several with commas. Default: none.")
+@click.option("--project-name", help="Project name there; by default the run folder's.")
+@click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
+def command(
+    file: Path | None,
+    settings: tuple[str, ...],
+    relabel: bool | None,
+    resume: bool,
+    print_config: bool,
+    **flags: Any,
+) -> None:
+    """Train an adapter on preferences.
+
+    Every flag sets a key of the configuration; the command line goes over the file, and the file over
+    the defaults. The run folder holds a standard mlx-lm adapter and all it takes to go on.
+    """
+    config = configure(file, [*_from_flags(flags, relabel), *map(parse_setting, settings)], resume=resume)
+    if print_config:
+        console.say(dump_config(config).rstrip())
+        return
+    from mlxpref.cli.display import TrainDisplay
+    from mlxpref.train import train
+
+    try:
+        result = train(config, resume=resume, callbacks=[TrainDisplay()])
+    except KeyboardInterrupt:
+        folder = shlex.quote(config.output.adapter_path)
+        console.note(f"stopped at once; go on from the last checkpoint: mlxpref train --adapter-path {folder} --resume")
+        raise
+    if result.interrupted is not None:
+        raise SystemExit(128 + result.interrupted if result.interrupted == signal.SIGTERM else 130)
+
+
+def configure(file: Path | None, overrides: list[tuple[str, Any]], *, resume: bool = False) -> Config:
+    """The resolved configuration; of a resumed run without a file, the run's own below the overrides."""
+    if file is not None or not resume:
+        return load_config(file, overrides)
+    folder = dict(overrides).get("output.adapter_path", "adapters")
+    own = Path(folder) / "config.yaml"
+    if not own.is_file():
+        raise UsageError(
+            f"{folder}: no run to resume here (no config.yaml); name its folder with --adapter-path, or start "
+            "without --resume"
+        )
+    return load_config(base=read_yaml(own), overrides=[("output.adapter_path", folder), *overrides])
+
+
+def _from_flags(flags: Mapping[str, Any], relabel: bool | None) -> Iterator[tuple[str, Any]]:
+    if relabel is not None:
+        yield "relabel", ({} if relabel else None)
+    for flag, key in FLAGS.items():
+        if flags[flag] is not None:
+            yield key, flags[flag]

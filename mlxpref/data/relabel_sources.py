@@ -1,0 +1,165 @@
+"""Sources in, relabelled splits out: read, part by prompt, fit the recipe once, relabel each split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxpref.data.recipe import Recipe
+from mlxpref.data.relabel import check_options, fit_recipe, relabel_all, split_by_prompt
+from mlxpref.data.sources import Source, SourceSpec, find_split, open_source, read_source
+from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
+from mlxpref.records import Conditioned, Counts, Scored
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class RelabelledSplits:
+    """What came of it.
+
+    Attributes:
+        splits: split → rows, halves of one example together.
+        recipe: as fitted on the training examples, or as given.
+        counts: ``read/train``, ``relabel/train``, …: examples kept and dropped.
+        notes: what the user should look at, a sentence each.
+    """
+
+    splits: dict[str, list[Conditioned]]
+    recipe: Recipe
+    counts: dict[str, Counts]
+    notes: tuple[str, ...]
+
+
+def relabel_sources(
+    specs: Sequence[SourceSpec],
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    fractions: Mapping[str, float] | None = None,
+    strict: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> RelabelledSplits:
+    """Relabel data from where they lie.
+
+    Args:
+        specs: one source or several, mixed by weight. Without a ``split`` each source's train, valid
+            and test are all taken.
+        recipe: one to use as it is, or the arguments to fit one with.
+        fractions: parts of the training data to hold out, by prompt, before anything is relabelled.
+        strict: a row that cannot be used, in reading or relabelling, is an error.
+        say: gets what was detected, a line at a time.
+        options: halves, ties, min_gap, plain_share and num_proc of
+            :func:`mlxpref.data.relabel.relabel_all`.
+
+    Raises:
+        UsageError: options out of range, or a fraction for a split the data have themselves.
+        DataError: see :func:`mlxpref.data.sources.read_source`; ScoreError: nothing is scored.
+    """
+    check_options(**options)
+    examples, counts = _read(specs, strict=strict, seed=seed, say=say)
+    if fractions:
+        examples = _held_out(examples, fractions, seed)
+    fitted_on = examples.get("train") or next(iter(examples.values()))
+    fitted = recipe if isinstance(recipe, Recipe) else fit_recipe(fitted_on, **recipe)
+    if all(example.scores is None and not example.attributes for example in fitted_on):
+        raise ScoreError(
+            "the data have no scores, so there is no goal to write (name their column with --score)"
+        )
+    rows: dict[str, list[Conditioned]] = {}
+    empty = []
+    for name, found in examples.items():
+        rows[name], counts[f"relabel/{name}"] = relabel_all(
+            found, fitted, strict=strict, seed=seed, **options
+        )
+        if not rows[name]:
+            empty += [f"{name}: {line}" for line in counts[f"relabel/{name}"].lines()]
+    raise_all(empty, DataError, "no row is left of a split:")
+    return RelabelledSplits(rows, fitted, counts, tuple(_notes(examples, fitted)))
+
+
+def _read(
+    specs: Sequence[SourceSpec], *, strict: bool, seed: int, say: Callable[[str], None]
+) -> tuple[dict[str, list[Scored]], dict[str, Counts]]:
+    """split → examples, ``read/split`` → counts."""
+    opened = [open_source(spec) for spec in specs]
+    for line in (line for source in opened for line in source.said):
+        say(line)
+    wanted: dict[str, list[Source]] = {}
+    for source in opened:
+        for name in _splits_of(source):
+            wanted.setdefault(name, []).append(_at(source, name))
+    examples, counts = {}, {}
+    for name in (split for split in SPLITS if split in wanted):
+        examples[name], counts[f"read/{name}"] = read_source(wanted[name], strict=strict, seed=seed)
+    return examples, counts
+
+
+def _splits_of(source: Source) -> list[str]:
+    """Our names of the splits to take from a source: the one it was opened at, or all it has."""
+    own = [name for name in SPLITS if find_split(name, (source.split,))] or ["train"]
+    if source.spec.split is not None:
+        return own
+    return [name for name in SPLITS if find_split(name, source.splits)] or own
+
+
+def _at(source: Source, name: str) -> Source:
+    """The source, opened at its split of this name."""
+    there = find_split(name, source.splits)
+    if source.spec.split is not None or there in (None, source.split):
+        return source
+    return open_source(dataclasses.replace(source.spec, split=there))
+
+
+def _held_out(
+    examples: dict[str, list[Scored]], fractions: Mapping[str, float], seed: int
+) -> dict[str, list[Scored]]:
+    there = [name for name in fractions if name in examples]
+    if there or "train" not in examples:
+        raise UsageError(
+            f"the data have their own {', '.join(there or examples)}: a fraction parts training data into "
+            "splits that are not there (choose what to read with --split)"
+        )
+    rest = {name: rows for name, rows in examples.items() if name != "train"}
+    return split_by_prompt(examples["train"], fractions=fractions, seed=seed) | rest
+
+
+def _notes(examples: Mapping[str, Sequence[Scored]], recipe: Recipe) -> list[str]:
+    every = [example for found in examples.values() for example in found]
+    notes = []
+    unscored = sum(e.scores is None and not e.attributes for e in every)
+    if unscored:
+        notes.append(f"{unscored} examples have no scores and pass through without a goal")
+    pairs = [e.scores for e in every if e.scores is not None and len(e.scores) == 2]
+    turned = sum(scores[0] < scores[1] for scores in pairs)
+    if turned:
+        notes.append(f"in {turned} pairs the data's chosen response has the lower score; the score decides")
+    narrow = _narrow(every, recipe)
+    if narrow:
+        notes.append(narrow)
+    return notes
+
+
+def _narrow(examples: Sequence[Scored], recipe: Recipe) -> str | None:
+    """Scores taken as they are that fill only the lower half of the scale may be on another one."""
+    maps = recipe.attribute_mappings.values() if recipe.attributes else [recipe.mapping]
+    if recipe.score_range is not None or any(m.kind != "identity" for m in maps):
+        return None
+    goals = [g for e in examples if (found := _in_range(e, recipe)) for own in found for g in own]
+    low, high = recipe.goal_range
+    if not goals or max(goals) > (low + high) / 2:
+        return None
+    return (
+        f"scores go from {min(goals):g} to {max(goals):g} and are taken as they are on the prompt's scale, "
+        f"{low:g}-{high:g}; if theirs is another, say so: --score-range LOW HIGH"
+    )
+
+
+def _in_range(example: Scored, recipe: Recipe) -> tuple[tuple[float, ...], ...] | None:
+    try:
+        return recipe.goals(example)
+    except DataError:  # counted where it is relabelled
+        return None

@@ -1,0 +1,119 @@
+"""Training: every room in its order, from a configuration to a run folder.
+
+Whatever can be wrong is found as early as it can be: names and options before data are read, data
+before a model is loaded, the run folder before anything is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlxpref import backends
+from mlxpref.assembly import Assembly
+from mlxpref.callbacks import Callbacks, TensorBoard, TrainCallback
+from mlxpref.config import Config
+from mlxpref.config_layers import check_config, read_yaml
+from mlxpref.errors import ConfigError, RunError, raise_all
+from mlxpref.loop import StopSignal, TrainResult
+from mlxpref.objectives import resolve_objective
+from mlxpref.runs import CONFIG, open_run
+
+FREE_ON_RESUME = frozenset(
+    {
+        "output.adapter_path",
+        "output.report_to",
+        "output.project",
+        "training.steps_per_report",
+        "training.save_every",
+        "training.keep_last",
+        "reference.store",
+    }
+)
+"""Keys that may differ when a run is resumed: none of them changes a weight."""
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainCallback] = (),
+    backend: ModuleType | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> TrainResult:
+    """Train an adapter, or go on with one.
+
+    Args:
+        config: the resolved configuration; ``output.adapter_path`` is the run folder.
+        resume: go on from the run folder's last whole checkpoint (from the start if there is none yet).
+        callbacks: listeners besides those of ``output.report_to``.
+        backend: the machine room; by default ``model.backend`` by name.
+        clock: seconds, for speeds. now: for the run's facts.
+
+    Raises:
+        MlxprefError: its children say what is wrong with configuration, data, model or run folder.
+    """
+    objective = resolve_objective(_spec(config))
+    machine = backend if backend is not None else backends.get(config.model.backend)
+    listeners = Callbacks([*callbacks, *_reporters(config, machine)])
+    try:
+        with open_run(Path(config.output.adapter_path), resume=resume) as run:
+            if resume:
+                check_unchanged(config, run.path)
+            with machine.set_memory_policy():
+                loop = Assembly(config, objective, machine, run, listeners, now).loop(resume, clock)
+                with StopSignal(listeners.on_interrupt).listening() as stop:
+                    result = loop.go(stop)
+            listeners.on_end(result)
+            return result
+    finally:
+        listeners.close()
+
+
+def _spec(config: Config) -> Any:
+    return list(config.objective) if isinstance(config.objective, tuple) else config.objective
+
+
+def _reporters(config: Config, machine: ModuleType) -> list[TrainCallback]:
+    """Listeners that were asked for by name; nothing is sent anywhere unless one is."""
+    names = config.output.report_to
+    found: list[TrainCallback] = [TensorBoard()] if "tensorboard" in names else []
+    services = [name for name in names if name != "tensorboard"]
+    if services:
+        try:
+            module = importlib.import_module(f"{machine.__name__}.callbacks")
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"output.report_to {services[0]}: this backend has no such reports") from error
+        found.append(module.Reporter(services, config.output.project, config.as_dict()))
+    return found
+
+
+def check_unchanged(config: Config, folder: Path) -> None:
+    """RunError listing every key that differs from the run's and would change its weights."""
+    before, after = (_flat(c.as_dict()) for c in (check_config(read_yaml(folder / CONFIG)), config))
+    raise_all(
+        [
+            f"{key}: the run has {before.get(key)!r}, now {after.get(key)!r}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and key not in FREE_ON_RESUME
+        ],
+        RunError,
+        f"{folder}: a resumed run goes on with its own configuration. Leave these as they were, or start "
+        "a new run (adapter.init_from takes this one's adapter):",
+    )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, Mapping) and values:
+        return {
+            key: value
+            for name, inner in values.items()
+            for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: values}

@@ -1,0 +1,73 @@
+"""What the documents promise exists.
+
+Finds: a link to a file that is not there, and a command line in a document or a help text that the
+command would refuse.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mlxpref import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    dead = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not dead, f"{page.name} links to {dead}"
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words of every line that calls ``mlxpref``; a trailing backslash joins lines."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if re.match(r"\s*(\$ )?mlxpref +[a-z]", line):
+            yield shlex.split(line.strip().removeprefix("$ "), comments=True)[1:]
+
+
+def fenced(page: Path) -> str:
+    return "\n".join(re.findall(r"```(?:sh|bash|console)?\n(.*?)```", page.read_text(), flags=re.DOTALL))
+
+
+def all_command_lines() -> list[tuple[str, list[str]]]:
+    found = [(page.name, words) for page in PAGES for words in command_lines(fenced(page))]
+    for name in cli.COMMANDS:
+        help_text = CliRunner().invoke(cli.main, [name, "--help"], terminal_width=200).output
+        found += [(f"{name} --help", words) for words in command_lines(help_text.partition("Example")[2])]
+    return found
+
+
+def refused(words: list[str]) -> str | None:
+    """Why the command line cannot be right, judged by the names of commands and options alone."""
+    name, *rest = words
+    if name not in cli.COMMANDS:
+        return f"no command {name}"
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
+    wrong = [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known]
+    return f"{name} has no {', '.join(wrong)}" if wrong else None
+
+
+def test_command_lines_in_documents_and_helps_are_right() -> None:
+    lines = all_command_lines()
+    assert {words[0] for _, words in lines} >= set(cli.COMMANDS), "every command is shown somewhere"
+    wrong = [f"{where}: {problem}" for where, words in lines if (problem := refused(words))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_judge_of_command_lines_can_refuse() -> None:
+    """Witness of the test above."""
+    assert refused(["env", "--jsn"]) == "env has no --jsn"
+    assert refused(["trian"]) == "no command trian"
+    assert refused(["env", "--json"]) is None
