@@ -128,8 +128,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in nested mappings (a number indexes a list), dropping its alternatives.
 
-    ``objective`` set to a name keeps the options written so far only when the name is the same.
+    ``objective`` set to a name keeps the options written so far only when the name is the same. A section
+    set to ``{}`` is opened, and keeps what is written in it.
     """
+    if value == {} and isinstance(values.get(key), dict):
+        return
     if key == "objective" and isinstance(value, str):
         current = values.get("objective")
         same = isinstance(current, Mapping) and current.get("name") == value

@@ -141,7 +141,7 @@ class ReferenceStore:
 
 
 def _checksum(content: bytes | np.ndarray) -> str:
-    return hashlib.sha256(memoryview(content)).hexdigest()[:32]
+    return hashlib.sha256(content if isinstance(content, bytes) else content.data).hexdigest()[:32]
 
 
 def _pack(entries: dict[bytes, np.ndarray]) -> bytes:

@@ -116,7 +116,7 @@ class RunFolder:
         Raises:
             RunError: the disk refuses; no half line is left.
         """
-        line = json.dumps({key: _finite(value) for key, value in metrics.items()}, ensure_ascii=False) + "\n"
+        line = json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n"
         if self._metrics is None:
             self._metrics = (self.path / METRICS).open("ab", buffering=0)
         end = self._metrics.seek(0, os.SEEK_END)

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mlxpref.data.door import checked
 from mlxpref.data.formats import FORMATS
+from mlxpref.data.messages import Unusable
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source, parse_columns, read_source
 from mlxpref.errors import DataError, MlxprefError, ScoreError, UsageError
 from mlxpref.records import Dropped, Scored
@@ -369,6 +373,46 @@ def test_lone_helpsteer_row_is_dropped(tmp_path: Path) -> None:
     assert [row.responses if isinstance(row, Scored) else row for row in got] == [
         ("a", "b"), Dropped("fewer than two responses", "rows.jsonl:3"), ("d", "e"),
     ]  # fmt: skip
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from(["", "text", "N/A", "4"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "text", "score", "annotations", "Rating"]), inner
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", FORMAT_ROWS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_junk_is_dropped_and_never_crashes(name: str, data: st.DataObject) -> None:
+    """Finds: a traceback where a value anywhere in a row has a type its format did not think of."""
+    row = {**FORMAT_ROWS[name][0][0]}
+    if "instruction" in row:
+        row["prompt"] = row.pop("instruction")
+    if name == "helpsteer2":
+        row["rows"] = [dict(item) for item in FORMAT_ROWS[name][0]]
+    place: Any = row
+    key = data.draw(st.sampled_from(sorted(row.keys() - {"rows"})))
+    if name == "helpsteer2" and data.draw(st.booleans()):
+        place, key = row["rows"][1], data.draw(st.sampled_from(sorted(row["rows"][1])))
+    while isinstance(place[key], list | dict) and place[key] and data.draw(st.booleans()):
+        place[key] = place[key].copy()
+        place = place[key]
+        key = data.draw(st.sampled_from(range(len(place)) if isinstance(place, list) else sorted(place)))
+    place[key] = data.draw(JUNK)
+    try:
+        draft = FORMATS[name].read(row, frozenset(row))
+        example, _ = checked(draft, row, score=draft.score, taken=set())
+    except Unusable as unusable:
+        assert unusable.reason
+    else:
+        assert len(example.responses) >= 2
 
 
 # --- drops -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -162,8 +163,8 @@ class TrainDisplay(TrainCallback):
         if result.interrupted is None:
             console.say(f"done: {result.step} steps; adapter in {result.folder}")
         else:
-            console.say(f"stopped after step {result.step} of {result.n_steps}; everything is saved. Go on with")
-            console.say(f"  mlxpref train --adapter-path {result.folder} --resume")
+            console.say(f"stopped after step {result.step} of {result.n_steps}, all saved; go on with")
+            console.say(f"  mlxpref train --adapter-path {shlex.quote(str(result.folder))} --resume")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -204,7 +204,7 @@ def _recipe(options: dict[str, Any], tokenizer: Any, given: Iterable[str]) -> Re
 
 
 def _carrier(wanted: str, model: str | None, tokenizer: Any) -> str:
-    """The carrier to use, said aloud; a warning if the model's template has no place for the one asked for."""
+    """The carrier to use, said aloud; a warning if the template has no place for the one asked for."""
     if wanted == "auto" and tokenizer is None:
         console.note(
             "carrier: system message, since no --model was given to ask; a model without a system role "

@@ -18,6 +18,10 @@ from mlxpref.errors import UsageError
 FLAGS: Mapping[str, str] = {
     "model": "model.path",
     "data": "data.source",
+    "format": "data.format",
+    "columns": "data.columns",
+    "score": "data.score",
+    "split": "data.split",
     "valid": "data.valid",
     "valid_fraction": "data.valid_fraction",
     "adapter_path": "output.adapter_path",
@@ -56,28 +60,32 @@ Example:
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key of it.")
 @click.option("--model", help="Model folder or hub id.")
 @click.option("--data", help="File, folder or hub id of preferences, or a folder `relabel` wrote.")
+@click.option("--format", help="Format of the data, instead of detecting it.")
+@click.option("--columns", metavar="OURS=THEIRS,...", help="Which column is which.")
+@click.option("--score", help="Which of the data's scores to use.")
+@click.option("--split", help="Which split to train on.")
 @click.option("--valid", help="Validation rows: another file, folder or hub id.")
-@click.option("--valid-fraction", help="Share of the prompts to hold out for validation instead.")
+@click.option("--valid-fraction", metavar="X", help="Share of the prompts to hold out for validation instead.")
 @click.option("--relabel/--no-relabel", default=None, help="Write goals into the prompts, or train plainly.")
 @click.option("--adapter-path", help="Run folder: the adapter, checkpoints, metrics.")
 @click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
 @click.option("--objective", help="What to minimise; `mlxpref objectives` lists them.")
-@click.option("--beta", help="The objective's beta.")
+@click.option("--beta", metavar="X", help="The objective's beta.")
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), help="What trains.")
-@click.option("--num-layers", help="Layers that train, counted from the last; -1 for all.")
+@click.option("--num-layers", metavar="N", help="Layers that train, counted from the last; -1 for all.")
 @click.option("--init-from", "--resume-adapter-file", help="Adapter folder to start from.")
-@click.option("--iters", help="Optimiser steps; or")
-@click.option("--epochs", help="times each example is visited.")
-@click.option("--batch-size", help="Examples of one optimiser step.")
+@click.option("--iters", metavar="N", help="Optimiser steps; or")
+@click.option("--epochs", metavar="N", help="times each example is visited.")
+@click.option("--batch-size", metavar="N", help="Examples of one optimiser step.")
 @click.option("--optimizer", help="adam, adamw, sgd, muon, adafactor or lion.")
-@click.option("--learning-rate", help="Highest learning rate.")
-@click.option("--max-length", "--max-seq-length", help="Tokens of prompt and one response, at most.")
+@click.option("--learning-rate", metavar="X", help="Highest learning rate.")
+@click.option("--max-length", "--max-seq-length", metavar="N", help="Tokens of prompt and one response, at most.")
 @click.option("--grad-checkpoint/--no-grad-checkpoint", default=None, help="Less memory, more time.")
-@click.option("--steps-per-report", help="Steps between report lines.")
-@click.option("--steps-per-eval", help="Steps between evaluations; 0 for none.")
-@click.option("--val-batches", help="Batches of one evaluation; -1 for all.")
-@click.option("--save-every", help="Steps between checkpoints.")
-@click.option("--seed", help="Of order, splits and first weights.")
+@click.option("--steps-per-report", metavar="N", help="Steps between report lines.")
+@click.option("--steps-per-eval", metavar="N", help="Steps between evaluations; 0 for none.")
+@click.option("--val-batches", metavar="N", help="Batches of one evaluation; -1 for all.")
+@click.option("--save-every", metavar="N", help="Steps between checkpoints.")
+@click.option("--seed", metavar="N", help="Of order, splits and first weights.")
 @click.option("--report-to", help="wandb, swanlab, tensorboard; several with commas. Default: none.")
 @click.option("--project-name", help="Project name there; by default the run folder's.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
@@ -105,7 +113,7 @@ def command(
         result = train(config, resume=resume, callbacks=[TrainDisplay()])
     except KeyboardInterrupt:
         folder = shlex.quote(config.output.adapter_path)
-        console.note(f"stopped at once; go on from the last checkpoint: mlxpref train --adapter-path {folder} --resume")
+        console.note(f"stopped at once; go on with  mlxpref train --adapter-path {folder} --resume")
         raise
     if result.interrupted is not None:
         raise SystemExit(128 + result.interrupted if result.interrupted == signal.SIGTERM else 130)
@@ -119,8 +127,8 @@ def configure(file: Path | None, overrides: list[tuple[str, Any]], *, resume: bo
     own = Path(folder) / "config.yaml"
     if not own.is_file():
         raise UsageError(
-            f"{folder}: no run to resume here (no config.yaml); name its folder with --adapter-path, or start "
-            "without --resume"
+            f"{folder}: no run to resume here (no config.yaml); name its folder with --adapter-path, or "
+            "start without --resume"
         )
     return load_config(base=read_yaml(own), overrides=[("output.adapter_path", folder), *overrides])
 
@@ -129,5 +137,12 @@ def _from_flags(flags: Mapping[str, Any], relabel: bool | None) -> Iterator[tupl
     if relabel is not None:
         yield "relabel", ({} if relabel else None)
     for flag, key in FLAGS.items():
-        if flags[flag] is not None:
-            yield key, flags[flag]
+        value = flags[flag]
+        if value is not None:
+            yield key, (_columns(value) if flag == "columns" else value)
+
+
+def _columns(text: str) -> dict[str, str]:
+    from mlxpref.data.sources import parse_columns
+
+    return parse_columns(text)

@@ -38,14 +38,20 @@ def ultrafeedback(row: Row, columns: frozenset[str]) -> Draft:
     """
     answers = []
     for item in records(row["completions"]):
-        notes = item.get("annotations") or {}
-        ratings = {name: (notes.get(name) or {}).get("Rating") for name in ULTRAFEEDBACK} if notes else {}
-        unrated = [name for name, rating in ratings.items() if rating in ("N/A", None)]
-        fine = {"fine_grained_score": item["fine-grained_score"]} if "fine-grained_score" in item else {}
-        refused = "a rating is N/A" if unrated else ""
-        text, score = response(item.get("response")), item.get("overall_score")
-        answers.append(Answer(text, score, ratings | fine, refused))
+        ratings = _ratings(item.get("annotations"))
+        refused = "a rating is N/A" if any(rating in ("N/A", None) for rating in ratings.values()) else ""
+        if "fine-grained_score" in item:
+            ratings["fine_grained_score"] = item["fine-grained_score"]
+        answers.append(Answer(response(item.get("response")), item.get("overall_score"), ratings, refused))
     return Draft(conversation(row["prompt"]), answers, "overall_score")
+
+
+def _ratings(notes: Any) -> dict[str, Any]:
+    """The four ratings of a completion, None where one is missing; none at all without annotations."""
+    if not isinstance(notes, Mapping):
+        return {}
+    found = {name: notes.get(name) for name in ULTRAFEEDBACK}
+    return {name: note.get("Rating") if isinstance(note, Mapping) else None for name, note in found.items()}
 
 
 @data_format("nectar", needs=("prompt", "answers"))
@@ -77,7 +83,7 @@ def helpsteer2(row: Row, columns: frozenset[str]) -> Draft:
     score = "helpfulness" if "helpfulness" in columns else "score"
     names = [name for name in HELPSTEER if name in columns]
     answers = [
-        Answer(response(item["response"]), item.get(score), {name: item.get(name) for name in names})
+        Answer(response(item.get("response")), item.get(score), {name: item.get(name) for name in names})
         for item in row["rows"]
     ]
     prompt = row["prompt"]

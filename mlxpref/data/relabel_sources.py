@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,29 +137,35 @@ def _notes(examples: Mapping[str, Sequence[Scored]], recipe: Recipe) -> list[str
     turned = sum(scores[0] < scores[1] for scores in pairs)
     if turned:
         notes.append(f"in {turned} pairs the data's chosen response has the lower score; the score decides")
-    narrow = _narrow(every, recipe)
-    if narrow:
-        notes.append(narrow)
-    return notes
+    return [*notes, *_scale_notes(every, recipe)]
 
 
-def _narrow(examples: Sequence[Scored], recipe: Recipe) -> str | None:
-    """Scores taken as they are that fill only the lower half of the scale may be on another one."""
-    maps = recipe.attribute_mappings.values() if recipe.attributes else [recipe.mapping]
-    if recipe.score_range is not None or any(m.kind != "identity" for m in maps):
-        return None
-    goals = [g for e in examples if (found := _in_range(e, recipe)) for own in found for g in own]
+def _scale_notes(examples: Sequence[Scored], recipe: Recipe) -> Iterator[str]:
+    """What is doubtful about a scale nobody declared.
+
+    A map over the range seen hangs on its two extremes; scores taken as they are that fill only the
+    lower half of the prompt's scale are probably on another one.
+    """
+    if recipe.score_range is not None:
+        return
+    remedy = "if their scale is another, say so: --score-range LOW HIGH"
+    maps = recipe.attribute_mappings or {"score": recipe.mapping}
     low, high = recipe.goal_range
-    if not goals or max(goals) > (low + high) / 2:
-        return None
-    return (
-        f"scores go from {min(goals):g} to {max(goals):g} and are taken as they are on the prompt's scale, "
-        f"{low:g}-{high:g}; if theirs is another, say so: --score-range LOW HIGH"
-    )
+    for name, fitted in maps.items():
+        if fitted.kind == "affine":
+            seen = f"{fitted.knots[0][0]:g} to {fitted.knots[-1][0]:g}"
+            yield f"{name}: the scale seen, {seen}, is stretched onto the prompt's, {low:g}-{high:g}; {remedy}"
+    goals = [g for e in examples for own in _goals(e, recipe) for g in own]
+    as_they_are = all(fitted.kind == "identity" for fitted in maps.values())
+    if as_they_are and goals and max(goals) <= (low + high) / 2:
+        yield (
+            f"scores go from {min(goals):g} to {max(goals):g} and are taken as they are on the prompt's scale, "
+            f"{low:g}-{high:g}; {remedy}"
+        )
 
 
-def _in_range(example: Scored, recipe: Recipe) -> tuple[tuple[float, ...], ...] | None:
+def _goals(example: Scored, recipe: Recipe) -> tuple[tuple[float, ...], ...]:
     try:
-        return recipe.goals(example)
+        return recipe.goals(example) or ()
     except DataError:  # counted where it is relabelled
-        return None
+        return ()

@@ -310,6 +310,8 @@ def read_source(
         examples += mixed
     if strict and problems:
         _raise_strict(problems)
+    if not examples:
+        raise DataError("no example is left: the weights of the sources are too small for their rows")
     counts.kept = len(examples)
     return examples, counts
 

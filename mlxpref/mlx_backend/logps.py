@@ -135,7 +135,10 @@ class Network:
 
 def _row_logps(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
     """(N, D), (N,) → (N,) float32 log-probs of the targets."""
-    logits = network.head(hidden).astype(mx.float32)
+    logits = network.head(hidden)
+    if mx.default_device() != mx.Device(mx.cpu) and hasattr(mx.fast, "cross_entropy"):
+        return -mx.fast.cross_entropy(logits, targets)  # fused, accumulates in float32
+    logits = logits.astype(mx.float32)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return picked - mx.logsumexp(logits, axis=-1)
 

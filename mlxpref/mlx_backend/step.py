@@ -62,6 +62,7 @@ class Step:
         self._step_peak = 0.0
         state = mx.random.state
         self._gradients = mx.compile(self._gradients_of, inputs=state, outputs=state)
+        self._add = mx.compile(lambda one, other: {name: one[name] + other[name] for name in one})
         self._losses = mx.compile(self._losses_of)
         self._update = mx.compile(self._update_of)
 
@@ -80,9 +81,9 @@ class Step:
         return (losses * batch.weights).sum(), _Part(losses, logps.tokens)
 
     def _gradients_of(
-        self, masters: dict[str, mx.array], before: Any, batch: MicroBatch, total: mx.array
-    ) -> tuple[Any, _Part]:
-        """Gradients of Σ loss / total, added to ``before`` (None for the first micro-batch)."""
+        self, masters: dict[str, mx.array], batch: MicroBatch, total: mx.array
+    ) -> tuple[dict[str, mx.array], _Part]:
+        """Gradients of Σ loss / total."""
         self.n_compiled += 1
 
         def objective(masters: dict[str, mx.array]) -> tuple[mx.array, _Part]:
@@ -90,8 +91,6 @@ class Step:
             return value / total, part
 
         (_, part), gradients = mx.value_and_grad(objective)(masters)
-        if before is not None:
-            gradients = tree_map(lambda a, b: a + b, before, gradients)
         return gradients, part
 
     def _losses_of(self, masters: dict[str, mx.array], batch: MicroBatch) -> _Part:
@@ -135,7 +134,8 @@ class Step:
         gradients, parts = None, []
         for index, micro_batch in enumerate(batch.parts):
             _seed(mx.random.split(key, index + 2)[-1])
-            gradients, part = self._gradients(policy.masters, gradients, to_mlx(micro_batch), total)
+            found, part = self._gradients(policy.masters, to_mlx(micro_batch), total)
+            gradients = found if gradients is None else self._add(gradients, found)
             parts.append(part)
             if index + 1 < len(batch.parts):
                 mx.eval(gradients, part)  # one micro-batch's activations at a time
