@@ -32,22 +32,19 @@ def model_folder(path: str, *, revision: str | None = None, weights: bool = True
 
 
 def _download(path: str, revision: str | None, weights: bool) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     wanted = [pattern for pattern in _WANTED if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, httpx.TransportError, OSError) as error:
-        if isinstance(error, HfHubHTTPError):
-            raise _refused(path, error) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _refused(path, error) from error
+    except (HTTPError, OSError) as error:  # no network, or offline mode and not in the cache
         raise ModelError(
             f"{path}: not a local folder, and the hub cannot be reached. Check the spelling and the network, or "
             f"run `hf download {path}` on a connected machine and give the folder's path."
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise _refused(path, error) from error
 
 
 def _refused(path: str, error: Exception) -> ModelError:

@@ -75,6 +75,11 @@ def test_an_existing_system_text_follows_the_goal_after_a_blank_line():
     assert prompt == (Message("system", SEED + "5.5.\n\nBe brief."), *TALK)
 
 
+def test_a_developer_message_is_the_system_message_of_its_template():
+    prompt, _ = Recipe().write((Message("developer", "Be brief."), *ASK), 5.5)
+    assert prompt == (Message("developer", SEED + "5.5.\n\nBe brief."), *ASK)
+
+
 def test_the_first_user_turn_carries_the_goal_where_there_is_no_system_role():
     prompt, _ = Recipe(carrier="first_user").write(TALK, 5.5)
     assert prompt == (Message("user", SEED + "5.5.\n\nHi"), *TALK[1:])
@@ -183,14 +188,15 @@ def test_resolve_carrier_asks_the_template(chat_tokenizer, no_system_tokenizer, 
     assert resolve_carrier(plain_tokenizer) == "first_user"
 
 
-def test_a_template_that_drops_the_system_text_is_no_system_role():
-    """It raises nothing, so asking only for errors would lose the goal of every row."""
+@pytest.mark.parametrize("hears", [lambda turns: False, lambda turns: turns == 2])
+def test_a_template_that_drops_the_system_text_is_no_system_role(hears):
+    """It raises nothing, so asking only for errors would lose the goal of every row (or every long one)."""
 
     class Deaf:
         chat_template = "x"
 
         def apply_chat_template(self, messages, **_):
-            return "".join(m["content"] for m in messages if m["role"] != "system")
+            return "".join(m["content"] for m in messages if m["role"] != "system" or hears(len(messages)))
 
     assert resolve_carrier(Deaf()) == "first_user"
 

@@ -1,23 +1,21 @@
-"""What a signature declares, how a configuration becomes an objective, and how lists become pairs."""
+"""What a signature declares, and how a configuration becomes an objective."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
 import pytest
 import test_objectives
-from click.testing import CliRunner
-from libraries import DIFFERENTIABLE, LIBRARIES, MLX, NUMPY, TORCH, Library, host, logps
-from oracle import ORACLE, Example, random_examples
+from libraries import LIBRARIES, MLX, NUMPY, TORCH, Library, host, logps
+from oracle import random_examples
+from test_lists import LISTS
 
-from mlxpref import cli, ops
+from mlxpref import ops
 from mlxpref.errors import ObjectiveError
 from mlxpref.objectives import (
     TABLE,
@@ -31,22 +29,19 @@ from mlxpref.objectives import (
     objective,
     resolve_objective,
 )
-from mlxpref.objectives.lift import pairs_of
 from mlxpref.objectives.logratios import margin, means
 from mlxpref.records import Logps
 
 columns = test_objectives.columns
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "adding-an-objective.md"
 
 
 @pytest.fixture
-def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Objectives and oracle rows made in a test are gone after it."""
-    before, rows = dict(TABLE), dict(ORACLE)
+def scratch() -> Iterator[None]:
+    """Objectives made in a test are gone after it."""
+    before = dict(TABLE)
     yield
-    for table, kept in ((TABLE, before), (ORACLE, rows)):
-        table.clear()
-        table.update(kept)
+    TABLE.clear()
+    TABLE.update(before)
 
 
 # --- names, options, weights -------------------------------------------------------------------
@@ -144,76 +139,6 @@ def test_weights_scale_also_a_single_objective_and_the_spec_comes_back() -> None
     again = resolve_objective(json.loads(json.dumps(mixture.spec)))
     assert again.spec == mixture.spec and again.options == mixture.options
     np.testing.assert_array_equal(again(columns(NUMPY, examples)), mixture(columns(NUMPY, examples)))
-
-
-# --- lists -------------------------------------------------------------------------------------
-
-
-def test_which_pairs_a_list_gives() -> None:
-    assert pairs_of(4, "first_two") == ((0, 1),)
-    assert pairs_of(4, "best_worst") == ((0, 3),)
-    assert pairs_of(4, "best_rest") == ((0, 1), (0, 2), (0, 3))
-    assert pairs_of(4, "all_pairs") == ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-
-
-# Log-ratios 2, -1, 0.5 and, in the second list, 0, 1, -3. IPO at β = 0.5 is (Δ − 1)².
-LISTS = [
-    Example([[-1.0, -2.0], [-3.0], [-1.0]], [[-2.0, -3.0], [-2.0], [-1.5]], (9, 6, 3)),
-    Example([[-1.0], [-2.0], [-4.0]], [[-1.0], [-3.0], [-1.0]], (8, 5, 1)),
-]
-LIFTED = [
-    ("first_two", [(3 - 1) ** 2, (-1 - 1) ** 2]),
-    ("best_worst", [(1.5 - 1) ** 2, (3 - 1) ** 2]),
-    ("best_rest", [(4 + 0.25) / 2, (4 + 4) / 2]),
-    ("all_pairs", [(4 + 0.25 + (-1.5 - 1) ** 2) / 3, (4 + 4 + (4 - 1) ** 2) / 3]),
-]
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("lift, expected", LIFTED)
-@pytest.mark.parametrize("scored", [True, False])
-def test_lists_are_lifted_to_pairs(library: Library, lift: str, expected: list[float], scored: bool) -> None:
-    """Finds: pairs of the wrong rows, a sum for a mean, rows of a batch mixed up in the reshaping."""
-    given = columns(library, LISTS)
-    if not scored:
-        del given["scores"]
-    got = resolve_objective({"name": "ipo", "beta": 0.5, "lift": lift})(given)
-    np.testing.assert_allclose(host(got), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_pairs_that_the_goal_does_not_tell_apart_are_left_out(library: Library) -> None:
-    """Goal 6: 3 and 9 are equally far. All alike: nothing to learn, loss and gradient 0, not NaN."""
-    tied = [
-        Example(LISTS[0].policy, LISTS[0].reference, (6, 9, 3)),
-        Example(LISTS[1].policy, LISTS[1].reference, (5, 5, 5)),
-    ]
-    all_pairs = resolve_objective({"name": "ipo", "beta": 0.5, "lift": "all_pairs"})
-    np.testing.assert_allclose(host(all_pairs(columns(library, tied))), [(4 + 0.25) / 2, 0.0], rtol=1e-6)
-    if library is not NUMPY:
-        slopes, _ = test_objectives.slopes(library, "ipo", {"beta": 0.5, "lift": "all_pairs"}, tied)
-        assert np.isfinite(slopes).all() and not slopes[1].any() and slopes[0].any()
-
-
-def test_two_responses_are_the_same_under_every_lift() -> None:
-    """A tie that was asked to be kept counts in a pair."""
-    pairs = [Example(x.policy, x.reference, (5, 5)) for x in random_examples(4)]
-    own = resolve_objective("dpo")(columns(NUMPY, pairs))
-    for lift in ("best_worst", "best_rest", "all_pairs"):
-        np.testing.assert_array_equal(
-            resolve_objective({"name": "dpo", "lift": lift})(columns(NUMPY, pairs)), own
-        )
-
-
-def test_sft_in_a_mixture_keeps_to_the_best_of_a_list() -> None:
-    got = resolve_objective({"name": "sft"})(columns(NUMPY, LISTS))
-    np.testing.assert_allclose(got, [1.5, 1.0])
-
-
-@pytest.mark.parametrize("library", DIFFERENTIABLE)
-def test_gradients_reach_every_response_of_a_list(library: Library) -> None:
-    slopes, mask = test_objectives.slopes(library, "dpo", {"lift": "all_pairs"}, LISTS)
-    assert (slopes[mask == 1] != 0).all() and not slopes[mask == 0].any()
 
 
 # --- what else a signature may declare ---------------------------------------------------------
@@ -430,53 +355,6 @@ def test_per_token_objectives_are_told_from_those_that_sum() -> None:
     assert not resolve_objective({"name": "sft", "per": "response"}).per_token
     assert not resolve_objective({"name": "hinge", "beta": 1e4}).per_token
     assert resolve_objective({"name": "simpo", "beta": 1e4}).per_token
-
-
-# --- the page in docs, the command -------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("scratch")
-def test_the_example_in_docs_runs_and_passes_the_tests_it_promises() -> None:
-    formula, oracle_row = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    exec(compile(formula, "formula", "exec"), {"__name__": "mlxpref.objectives.margin"})
-    exec(compile(oracle_row, "oracle_row", "exec"), {"__name__": "oracle"})
-    row = ORACLE["squared_hinge"]
-    assert TABLE["squared_hinge"].family == "margin"
-    for options in ({}, *row.points):
-        test_objectives.test_values_are_those_of_the_oracle(NUMPY, "squared_hinge", options)
-    test_objectives.test_the_oracle_gives_the_published_values("squared_hinge", row.golden[0])
-    test_objectives.test_golden_values_and_gradients(NUMPY, "squared_hinge", row.golden[0])
-    test_objectives.test_every_option_moves_the_loss("squared_hinge")
-    assert "squared_hinge" in CliRunner().invoke(cli.main, ["objectives"]).output
-
-
-def test_the_command_lists_every_objective_with_needs_options_and_source() -> None:
-    ran = CliRunner().invoke(cli.main, ["objectives"])
-    assert ran.exit_code == 0
-    lines = {line.split()[0]: line for line in ran.output.splitlines() if line.strip()}
-    for name, entry in TABLE.items():
-        assert entry.source in lines[name]
-        assert all(f"{option.name}={option.default}" in lines[name] for option in entry.options.values())
-    assert "reference" in lines["dpo"] and "reference" not in lines["simpo"]
-
-
-def test_the_command_explains_one_and_refuses_what_is_not_there() -> None:
-    told = CliRunner().invoke(cli.main, ["objectives", "robust"])
-    assert told.exit_code == 0 and TABLE["robust"].doc in told.output
-    assert "float ≥ 0 and < 0.5, default 0.1" in told.output
-    missing = CliRunner().invoke(cli.main, ["objectives", "robst"])
-    assert missing.exit_code == 2 and "did you mean robust?" in missing.output
-    facts = json.loads(CliRunner().invoke(cli.main, ["objectives", "dpo", "--json"]).output)
-    assert facts["needs"] == ["reference"]
-    assert facts["options"]["properties"]["beta"]["exclusiveMinimum"] == 0
-
-
-def test_every_option_is_described_where_it_is_listed() -> None:
-    """Finds: a docstring whose Args section the table cannot read."""
-    for entry in TABLE.values():
-        for option in entry.options.values():
-            assert len(option.help) > 10, f"{entry.name}: {option.name}"
-            assert "\n" not in option.help and not option.help.startswith("policy")
 
 
 @pytest.mark.torch

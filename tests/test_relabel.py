@@ -6,6 +6,7 @@ The released script's defects (methods 1.9) have a test each; their numbers stan
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -200,9 +201,9 @@ def test_equal_scores_inside_a_list_give_one_goal_and_keep_the_sources_order():
 
 
 def test_float_noise_does_not_decide_between_equal_distances():
-    """8.9 - 8.0 and 8.0 - 7.1 differ in the last bit."""
-    rows = relabel(listed(8.9, 8.0, 7.1), Recipe())
-    assert {row.goal: row.scores for row in rows}[8.0] == (8.0, 8.9, 7.1)
+    """3.3 - 2.3 is 1.0 and 2.3 - 1.3 is 0.9999999999999998."""
+    rows = relabel(listed(3.3, 2.3, 1.3), Recipe())
+    assert {row.goal: row.scores for row in rows}[2.3] == (2.3, 3.3, 1.3)
 
 
 # --- several attributes ---
@@ -326,6 +327,14 @@ def test_the_plain_share_is_exact_and_depends_on_nothing_but_seed_and_id():
     assert {row.example_id for row in other if row.goal is None} != plain
 
 
+def test_a_plain_row_is_a_tie_by_its_score():
+    """Without a goal the attributes say nothing, so nothing prefers one of two equal scores."""
+    example = pair(8, 8, attributes={"help": (4.0, 5.0)})
+    recipe = fit_recipe([example], attributes=["help"], score_range=(1, 5))
+    assert len(relabel(example, recipe)) == 2
+    assert relabel(example, recipe, plain=True).reason == "tie: equal scores"
+
+
 def test_a_share_of_one_is_plain_preference_data():
     rows, _ = relabel_all(many(), Recipe(), plain_share=1.0)
     assert [row.goal for row in rows] == [None] * 600
@@ -395,7 +404,8 @@ NESTED = {"tools": [{"type": "function", "function": {"name": "f", "parameters":
 
 def conditioned_rows():
     """Pairs, a list, an unconditioned row, tools, tool calls, an awkward line separator."""
-    called = Message("assistant", "", {"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]})
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"x": 1}, {"y": [2]})]
+    called = Message("assistant", "", {"tool_calls": calls})
     examples = [
         pair(
             prompt=TALK, extras={"rationale": ("better", "worse"), **NESTED}, attributes={"help": (4.0, 2.0)}
@@ -449,6 +459,21 @@ def test_columns_are_the_ones_promised(tmp_path):
         (8.0, 8.0, 5.5),
         (5.5, 5.5, 8.0),
     ]
+
+
+def test_a_line_is_a_line_for_every_reader(tmp_path):
+    """``str.splitlines`` and others break lines at U+2028 even inside a JSON string."""
+    rows, _ = conditioned_rows()
+    write_relabelled(tmp_path / "out", {"train": rows}, Recipe())
+    assert len((tmp_path / "out/train.jsonl").read_text(encoding="utf8").splitlines()) == len(rows)
+
+
+def test_numbers_are_floats_in_every_row(tmp_path):
+    """A reader that infers an integer type from the first rows breaks at the first 8.5."""
+    row = dataclasses.replace(relabel(pair(), Recipe())[0], goal=8, scores=(8, 5))
+    write_relabelled(tmp_path / "out", {"train": [row]}, Recipe())
+    line = (tmp_path / "out/train.jsonl").read_text()
+    assert '"goal": 8.0' in line and '"score_chosen": 8.0' in line and '"score_rejected": 5.0' in line
 
 
 def test_files_are_the_same_bytes_for_the_same_seed(tmp_path):

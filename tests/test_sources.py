@@ -424,6 +424,18 @@ NAN, INF = math.nan, math.inf
     ("row", "reason"),
     [
         (pair(rejected="good 0 \n"), "chosen and rejected are the same text"),
+        (
+            pair(chosen=[user("q0"), says("x")], rejected=[user("q0"), says("x")]),
+            "chosen and rejected are the same text",
+        ),
+        (
+            pair(chosen=[user("a"), says("x")], rejected=[user("b"), says("y")]),
+            "chosen and rejected answer different prompts",
+        ),
+        (
+            pair(chosen=[user("a"), says("x")], rejected=[user("a"), says("y")]),
+            "prompt column and messages disagree",
+        ),
         (pair(chosen=""), "empty response"),
         (pair(rejected="  \n"), "empty response"),
         (pair(chosen=None), "empty response"),

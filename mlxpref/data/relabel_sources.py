@@ -78,7 +78,9 @@ def relabel_sources(
         if not rows[name]:
             empty += [f"{name}: {line}" for line in counts[f"relabel/{name}"].lines()]
     raise_all(empty, DataError, "no row is left of a split:")
-    return RelabelledSplits(rows, fitted, counts, tuple(_notes(examples, fitted)))
+    every = [example for found in examples.values() for example in found]
+    notes = [*_notes(every), *(() if isinstance(recipe, Recipe) else _scale_notes(every, fitted))]
+    return RelabelledSplits(rows, fitted, counts, tuple(notes))
 
 
 def _read(
@@ -127,17 +129,14 @@ def _held_out(
     return split_by_prompt(examples["train"], fractions=fractions, seed=seed) | rest
 
 
-def _notes(examples: Mapping[str, Sequence[Scored]], recipe: Recipe) -> list[str]:
-    every = [example for found in examples.values() for example in found]
-    notes = []
-    unscored = sum(e.scores is None and not e.attributes for e in every)
+def _notes(examples: Sequence[Scored]) -> Iterator[str]:
+    unscored = sum(e.scores is None and not e.attributes for e in examples)
     if unscored:
-        notes.append(f"{unscored} examples have no scores and pass through without a goal")
-    pairs = [e.scores for e in every if e.scores is not None and len(e.scores) == 2]
+        yield f"{unscored} examples have no scores and pass through without a goal"
+    pairs = [e.scores for e in examples if e.scores is not None and len(e.scores) == 2]
     turned = sum(scores[0] < scores[1] for scores in pairs)
     if turned:
-        notes.append(f"in {turned} pairs the data's chosen response has the lower score; the score decides")
-    return [*notes, *_scale_notes(every, recipe)]
+        yield f"in {turned} pairs the data's chosen response has the lower score; the score decides"
 
 
 def _scale_notes(examples: Sequence[Scored], recipe: Recipe) -> Iterator[str]:
@@ -148,20 +147,18 @@ def _scale_notes(examples: Sequence[Scored], recipe: Recipe) -> Iterator[str]:
     """
     if recipe.score_range is not None:
         return
+    scale = "the prompt's scale, {:g}-{:g}".format(*recipe.goal_range)
     remedy = "if their scale is another, say so: --score-range LOW HIGH"
     maps = recipe.attribute_mappings or {"score": recipe.mapping}
-    low, high = recipe.goal_range
     for name, fitted in maps.items():
         if fitted.kind == "affine":
             seen = f"{fitted.knots[0][0]:g} to {fitted.knots[-1][0]:g}"
-            yield f"{name}: the scale seen, {seen}, is stretched onto the prompt's, {low:g}-{high:g}; {remedy}"
+            yield f"{name}: the scale seen, {seen}, is stretched onto {scale}; {remedy}"
     goals = [g for e in examples for own in _goals(e, recipe) for g in own]
     as_they_are = all(fitted.kind == "identity" for fitted in maps.values())
-    if as_they_are and goals and max(goals) <= (low + high) / 2:
-        yield (
-            f"scores go from {min(goals):g} to {max(goals):g} and are taken as they are on the prompt's scale, "
-            f"{low:g}-{high:g}; {remedy}"
-        )
+    if as_they_are and goals and max(goals) <= sum(recipe.goal_range) / 2:
+        seen = f"{min(goals):g} to {max(goals):g}"
+        yield f"scores go from {seen} and are taken as they are on {scale}; {remedy}"
 
 
 def _goals(example: Scored, recipe: Recipe) -> tuple[tuple[float, ...], ...]:

@@ -9,6 +9,7 @@ A new family is a new module here; ``docs/adding-an-objective.md`` shows a new f
 """
 
 from mlxpref.objectives import margin, policy_only  # fills TABLE
+from mlxpref.objectives.mixture import Objective
 from mlxpref.objectives.registry import (
     TABLE,
     BatchLogps,
@@ -23,7 +24,7 @@ from mlxpref.objectives.registry import (
     Share,
     objective,
 )
-from mlxpref.objectives.resolve import Objective, find_objective, resolve_objective
+from mlxpref.objectives.resolve import find_objective, resolve_objective
 
 __all__ = [
     "TABLE",

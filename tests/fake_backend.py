@@ -1,0 +1,214 @@
+"""A backend in NumPy, small enough to be killed a hundred times: a bigram table with a low-rank adapter.
+
+It has what a real one has (weights, optimiser moments, random state that every update uses, files
+written in pieces), so that whatever the training loop forgets to keep changes the result. Environment
+variables make it misbehave: ``FAKE_NAN_STEPS`` lists updates that are not finite, ``FAKE_SAVE_SECONDS``
+spreads every file over that time, ``FAKE_STEP_SECONDS`` slows an update down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from mlxpref.records import Batch, Logps, MicroBatch, StepReport
+
+VOCABULARY = 512
+calls = {"token_logps": 0, "evaluate": 0, "update": 0, "load_policy": 0}
+
+
+class Policy:
+    way, fine_tune_type, share_prompts = "shared", "lora", True
+    n_parameters = VOCABULARY**2
+
+    def __init__(self, path: str, seed: int, rank: int, init: Mapping[str, np.ndarray] | None = None) -> None:
+        digest = hashlib.sha256((Path(path) / "model.safetensors").read_bytes())
+        base = np.random.default_rng(int.from_bytes(digest.digest()[:4]))
+        self.base = base.standard_normal((VOCABULARY, VOCABULARY))
+        self.path, self.fingerprint = path, digest.hexdigest()
+        rng = np.random.default_rng(seed)
+        self.weights = {
+            "lora_a": rng.standard_normal((VOCABULARY, rank)),
+            "lora_b": np.zeros((rank, VOCABULARY)),
+        }
+        if init is not None:
+            self.weights = {name: value.astype(np.float64) for name, value in init.items()}
+        self.n_trainable = sum(value.size for value in self.weights.values())
+
+    def logits(self, ids: np.ndarray, reference: bool = False) -> np.ndarray:
+        """(N,) → (N, V)"""
+        rows = self.base[ids]
+        return rows if reference else rows + self.weights["lora_a"][ids] @ self.weights["lora_b"]
+
+
+def load_policy(path: str, *, seed: int = 0, lora_parameters: Any = None, **_: Any) -> Policy:
+    calls["load_policy"] += 1
+    return Policy(path, seed, lora_parameters["rank"])
+
+
+def _forward(policy: Policy, batch: MicroBatch, reference: bool = False) -> tuple[Logps, np.ndarray, np.ndarray]:
+    """Token log-probs, and per scored position its token before and its softmax."""
+    before = np.concatenate([shelf.inputs.ravel() for shelf in batch.shelves])[batch.scored]
+    logits = policy.logits(before, reference)
+    logits = logits - logits.max(-1, keepdims=True)
+    probabilities = np.exp(logits)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    chosen = np.log(probabilities[np.arange(len(before)), batch.targets])
+    tokens = np.append(chosen, 0.0)[batch.place] * batch.mask
+    return Logps(tokens, np.asarray(batch.mask, np.float64)), before, probabilities
+
+
+def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> Logps:
+    calls["token_logps"] += 1
+    found = _forward(policy, micro_batch, reference)[0]
+    return Logps(found.tokens.astype(np.float32), np.asarray(micro_batch.mask))
+
+
+class Step:
+    n_compiled = 0
+
+    def __init__(self, policy: Policy, objective: Any) -> None:
+        self.policy, self.objective = policy, objective
+        self.moments = {name: np.zeros_like(value) for name, value in policy.weights.items()}
+        self.rng = np.random.default_rng(0)
+        self.count = 0
+
+    def _losses(self, batch: MicroBatch, logps: Logps) -> np.ndarray:
+        columns: dict[str, Any] = {"policy": logps, **batch.extras}
+        if batch.reference is not None:
+            columns["reference"] = Logps(batch.reference, batch.mask)
+        if batch.scores is not None:
+            columns["scores"] = batch.scores
+        return np.asarray(self.objective(columns), np.float64)
+
+    def _slopes(self, batch: MicroBatch, logps: Logps) -> np.ndarray:
+        """(B, K): d loss / d log-prob of each response, by central differences."""
+        slopes = np.zeros(logps.mask.shape[:2])
+        for k in range(slopes.shape[1]):
+            ends = []
+            for h in (1e-5, -1e-5):
+                tokens = logps.tokens.copy()
+                tokens[:, k, 0] += h
+                ends.append(self._losses(batch, Logps(tokens, logps.mask)))
+            slopes[:, k] = (ends[0] - ends[1]) / 2e-5
+        return slopes
+
+    def _gradient(self, batch: MicroBatch) -> tuple[np.ndarray, Logps, np.ndarray]:
+        """(V, V) gradient of the summed loss with respect to the logits' table."""
+        logps, before, probabilities = _forward(self.policy, batch)
+        slopes = np.zeros(len(before) + 1)
+        weighted = self._slopes(batch, logps)[:, :, None] * batch.mask * batch.weights[:, None, None]
+        np.add.at(slopes, batch.place.ravel(), weighted.ravel())
+        table = np.zeros((VOCABULARY, VOCABULARY))
+        rows = -slopes[:-1, None] * probabilities
+        rows[np.arange(len(before)), batch.targets] += slopes[:-1]
+        np.add.at(table, before, rows)
+        return table, logps, self._losses(batch, logps)
+
+    def __call__(self, batch: Batch, learning_rate: float) -> StepReport:
+        calls["update"] += 1
+        self.count += 1
+        time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", 0)))
+        weights, found = self.policy.weights, [self._gradient(part) for part in batch.parts]
+        total = sum(float(part.weights.sum()) for part in batch.parts)
+        table = sum(gradient for gradient, _, _ in found) / total
+        gradients = {
+            "lora_a": table @ weights["lora_b"].T,
+            "lora_b": weights["lora_a"].T @ table,
+        }
+        noise = {name: 1e-4 * self.rng.standard_normal(value.shape) for name, value in weights.items()}
+        skipped = str(self.count) in os.environ.get("FAKE_NAN_STEPS", "").split(",")
+        for name in () if skipped else weights:
+            self.moments[name] = 0.9 * self.moments[name] + gradients[name] + noise[name]
+            weights[name] = weights[name] - learning_rate * self.moments[name]
+        return _report(batch, found, float(np.sqrt(sum((g**2).sum() for g in gradients.values()))), skipped)
+
+    def evaluate(self, batch: Batch) -> StepReport:
+        calls["evaluate"] += 1
+        time.sleep(float(os.environ.get("FAKE_EVAL_SECONDS", 0)))
+        found = []
+        for part in batch.parts:
+            logps = _forward(self.policy, part)[0]
+            found.append((None, logps, self._losses(part, logps)))
+        return _report(batch, found, 0.0, False)
+
+    def save_state(self, folder: Path) -> None:
+        state = {f"w.{name}": value for name, value in self.policy.weights.items()}
+        state |= {f"m.{name}": value for name, value in self.moments.items()}
+        state["rng"] = np.frombuffer(json.dumps(self.rng.bit_generator.state).encode(), np.uint8)
+        state["count"] = np.array([self.count])
+        _write(folder / "step_state.safetensors", save(state))
+
+    def load_state(self, folder: Path) -> None:
+        state = load((folder / "step_state.safetensors").read_bytes())
+        self.policy.weights = {n.removeprefix("w."): v for n, v in state.items() if n.startswith("w.")}
+        self.moments = {n.removeprefix("m."): v for n, v in state.items() if n.startswith("m.")}
+        self.rng.bit_generator.state = json.loads(bytes(state["rng"]))
+        self.count = int(state["count"][0])
+
+
+def _report(batch: Batch, found: Sequence[Any], norm: float, skipped: bool) -> StepReport:
+    losses = np.concatenate([losses for _, _, losses in found])
+    first = batch.parts[0].reference is not None
+    references = [(part.reference * part.mask).sum(-1) for part in batch.parts] if first else None
+    return StepReport(
+        loss=float("nan") if skipped else float(losses.mean()),
+        losses=np.full_like(losses, np.nan) if skipped else losses,
+        policy_sums=np.concatenate([logps.sums for _, logps, _ in found]),
+        reference_sums=None if references is None else np.concatenate(references),
+        lengths=np.concatenate([logps.lengths for _, logps, _ in found]),
+        grad_norm=float("nan") if skipped else norm,
+        skipped=skipped,
+        n_tokens=int(sum(part.mask.sum() for part in batch.parts)),
+    )
+
+
+def make_step(policy: Policy, objective: Any, **_: Any) -> Step:
+    return Step(policy, objective)
+
+
+def save_adapter(policy: Policy, folder: Path, *, extra: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "adapters.safetensors", save({n: v.astype(np.float32) for n, v in policy.weights.items()}))
+    config = {"fine_tune_type": "lora", "num_layers": 1, "model": policy.path, "mlxpref": dict(extra)}
+    _write(folder / "adapter_config.json", json.dumps(config).encode())
+
+
+def _write(file: Path, data: bytes) -> None:
+    """In ten pieces over ``FAKE_SAVE_SECONDS``, so that a kill finds half a file."""
+    pause = float(os.environ.get("FAKE_SAVE_SECONDS", 0)) / 10
+    size = len(data) // 10 + 1
+    with file.open("wb") as stream:
+        for start in range(0, len(data), size):
+            stream.write(data[start : start + size])
+            stream.flush()
+            time.sleep(pause)
+
+
+def load_adapter(path: str | Path, *, model_path: str | None = None) -> Policy:
+    folder = Path(path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = load((folder / "adapters.safetensors").read_bytes())
+    return Policy(model_path or config["model"], 0, 1, weights)
+
+
+def memory() -> dict[str, float]:
+    return {"peak": 0.5, "active": 0.25, "cache": 0.0}
+
+
+def device_info() -> dict[str, Any]:
+    return {"backend": "fake", "kind": "cpu"}
+
+
+@contextmanager
+def set_memory_policy() -> Iterator[None]:
+    yield

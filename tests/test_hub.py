@@ -1,0 +1,55 @@
+"""A model's folder: found locally without a question, asked for at the hub, refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlxpref.errors import ModelError
+from mlxpref.hub import model_folder
+
+
+def test_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert model_folder(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "no-such-model", "a/b/c"])
+def test_what_cannot_be_a_hub_id_is_a_missing_folder(path: str) -> None:
+    """A mistyped path must not turn into a question to the hub."""
+    with pytest.raises(ModelError, match="no such folder"):
+        model_folder(path)
+
+
+def test_unreachable_hub_names_the_remedy() -> None:
+    with pytest.raises(ModelError, match=r"hub cannot be reached.*hf download owner/no-such-model"):
+        model_folder("owner/no-such-model")
+
+
+def test_download_asks_for_weights_only_when_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inspecting data with a model's tokenizer must not fetch gigabytes."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(path: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((path, revision, "*.safetensors" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert model_folder("owner/name", revision="main") == tmp_path
+    model_folder("owner/name", weights=False)
+    assert asked == [("owner/name", "main", True), ("owner/name", None, False)]
+
+
+def test_refusal_of_the_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    def download(*_: object, **__: object) -> str:
+        raise HFValidationError("not a repo id")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ModelError, match=r"hub does not give it \(not a repo id\)"):
+        model_folder("owner/na me")

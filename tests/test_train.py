@@ -1,0 +1,548 @@
+"""The training loop, with a NumPy backend: order, resuming, signals, kills, evaluation, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_backend
+import pytest
+from fake_backend import calls
+
+from mlxpref.callbacks import RunStart, TrainCallback
+from mlxpref.config import Config
+from mlxpref.config_layers import load_config, parse_setting
+from mlxpref.errors import ConfigError, DataError, MlxprefError, ObjectiveError, RunError
+from mlxpref.loop import MAX_SKIPPED_IN_ROW, TrainResult
+from mlxpref.runs import open_run
+from mlxpref.train import train
+
+N_STEPS = 12
+TIMES = ("tokens_per_second", "step_seconds")
+
+
+class Listener(TrainCallback):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.start: RunStart | None = None
+        self.told: list[tuple[str, Any]] = []
+        self.notes: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def on_start(self, start: RunStart) -> None:
+        self.start = start
+
+    def on_step(self, step: int, metrics: Any) -> None:
+        self.told.append(("step", step))
+
+    def on_report(self, step: int, metrics: Any) -> None:
+        self.told.append(("report", step))
+
+    def on_evaluation(self, step: int, metrics: Any) -> None:
+        self.told.append(("evaluation", step))
+
+    def on_save(self, step: int, folder: Path) -> None:
+        self.told.append(("save", step))
+
+    def on_end(self, result: TrainResult) -> None:
+        self.told.append(("end", result.step))
+
+    def close(self) -> None:
+        self.told.append(("close", 0))
+
+    def steps(self, what: str) -> list[int]:
+        return [step for name, step in self.told if name == what]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 scored pairs, no two alike."""
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rng = random.Random(0)
+    words = "girl park play story cat dog hello capital France Paris score goal".split()
+    rows = []
+    for i in range(48):
+        say = [" ".join(rng.choices(words, k=rng.randint(3, 30))) for _ in range(3)]
+        scores = (round(rng.uniform(6, 10), 1), round(rng.uniform(1, 5), 1))
+        rows.append({
+            "prompt": f"{say[0]} {i}?", "chosen": say[1], "rejected": say[2],
+            "score_chosen": scores[0], "score_rejected": scores[1],
+        })  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def configure(tmp_path: Path, pairs: Path, tiny_model_dir: Path) -> Callable[..., Config]:
+    """The configuration of a short run in ``tmp_path/run``; settings go over it."""
+    base = {
+        "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+        "data": {"source": str(pairs), "valid_fraction": 0.25},
+        "relabel": {"score_range": [1, 10], "mapping": "identity"},
+        "tokenization": {"max_length": 256},
+        "batching": {"batch_size": 4},
+        "adapter": {"lora_parameters": {"rank": 4, "scale": 1.0}},
+        "reference": {"store": str(tmp_path / "store")},
+        "optimizer": {"learning_rate": 0.5, "schedule": {"name": "cosine", "warmup_steps": 2}},
+        "training": {"iters": N_STEPS, "steps_per_eval": 5, "save_every": 4, "steps_per_report": 3},
+        "output": {"adapter_path": str(tmp_path / "run")},
+    }
+
+    def make(*settings: str) -> Config:
+        return load_config(base=base, overrides=[parse_setting(text) for text in settings])
+
+    return make
+
+
+def run(config: Config, *, resume: bool = False, listener: TrainCallback | None = None) -> TrainResult:
+    return train(config, resume=resume, callbacks=[listener] if listener else [], backend=fake_backend)
+
+
+def adapter(result: TrainResult | Path) -> bytes:
+    folder = result if isinstance(result, Path) else result.folder
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_everything_a_run_folder_holds(configure: Any) -> None:
+    listener = Listener()
+    result = run(configure("training.best_metric=eval_loss"), listener=listener)
+    lines = metrics(result.folder)
+    assert [line["step"] for line in lines] == list(range(1, N_STEPS + 1))
+    assert lines[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)  # policy is reference at step 0
+    assert lines[-1]["loss"] < 0.67
+    evaluated = [line["step"] for line in lines if "eval_loss" in line]
+    assert evaluated == listener.steps("evaluation") == [5, 10, 12]
+    assert listener.steps("save") == [4, 8, 12]
+    assert listener.steps("report") == [3, 6, 9, 12]
+    assert listener.told[-2:] == [("end", N_STEPS), ("close", 0)]
+    last = result.folder / "checkpoints" / "step-000012"
+    assert result.checkpoint == last and adapter(result) == adapter(last)
+    assert {child.name for child in result.folder.iterdir()} == {
+        "adapters.safetensors", "adapter_config.json", "config.yaml", "run.json",
+        "metrics.jsonl", "checkpoints", "best",
+    }  # fmt: skip
+
+
+def test_metrics_have_the_fields_names(configure: Any) -> None:
+    line = metrics(run(configure()).folder)[4]
+    wanted = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    wanted += ["loss", "logps/chosen", "logps/rejected", "learning_rate", "grad_norm", "epoch"]
+    assert set(wanted) | {f"eval_{name}" for name in wanted[:7]} <= set(line)
+    assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"])
+
+
+def test_the_adapter_carries_recipe_objective_and_base(configure: Any, tiny_model_dir: Path) -> None:
+    from mlxpref.data.recipe import Recipe
+
+    result = run(configure("objective.beta=0.25"))
+    ours = json.loads((result.folder / "adapter_config.json").read_text())["mlxpref"]
+    assert Recipe.from_dict(ours["recipe"]).goal_range == (1, 10)
+    assert (ours["objective"][0]["name"], ours["objective"][0]["beta"]) == ("dpo", 0.25)
+    assert ours["model"]["path"] == str(tiny_model_dir) and len(ours["model"]["fingerprint"]) == 64
+    assert ours["step"] == N_STEPS
+    facts = json.loads((result.folder / "run.json").read_text())
+    assert facts["data"]["train_rows"] == 72 and facts["data"]["valid_rows"] == 24
+    assert facts["starts"][0]["versions"]["numpy"]
+
+
+def test_what_is_said_before_the_first_step(configure: Any) -> None:
+    listener = Listener()
+    run(configure(), listener=listener)
+    assert listener.start is not None
+    said = "\n".join(listener.start.lines)
+    for part in ("format", "36 kept", "trainable", "shared", "rows computed", "shapes", "padding", "12 steps"):
+        assert part in said, part
+
+
+def test_a_second_run_computes_no_reference(configure: Any, tmp_path: Path) -> None:
+    run(configure())
+    before = calls["token_logps"]
+    listener = Listener()
+    run(configure(f"output.adapter_path={tmp_path / 'second'}"), listener=listener)
+    assert calls["token_logps"] == before
+    assert listener.start is not None and any("96 reused" in line for line in listener.start.lines)
+
+
+def test_an_objective_without_reference_computes_none(configure: Any) -> None:
+    before = calls["token_logps"]
+    run(configure("objective=simpo"))
+    assert calls["token_logps"] == before
+
+
+def test_plain_training_writes_no_goal(configure: Any) -> None:
+    result = run(configure("relabel=null"))
+    assert json.loads((result.folder / "adapter_config.json").read_text())["mlxpref"]["recipe"] is None
+    assert json.loads((result.folder / "run.json").read_text())["data"]["train_rows"] == 36
+
+
+def test_the_seed_decides_the_run_and_reports_do_not(configure: Any, tmp_path: Path) -> None:
+    first = adapter(run(configure(f"output.adapter_path={tmp_path / 'a'}")))
+    again = adapter(
+        run(configure(f"output.adapter_path={tmp_path / 'b'}", "training.steps_per_report=1", "training.save_every=5"))
+    )
+    other = adapter(run(configure(f"output.adapter_path={tmp_path / 'c'}", "training.seed=1")))
+    assert first == again
+    assert first != other
+
+
+def test_epochs_visit_every_row(configure: Any) -> None:
+    listener = Listener()
+    result = run(configure("training.epochs=1", "batching.batch_size=8"), listener=listener)
+    assert result.n_steps == 9
+    assert metrics(result.folder)[-1]["epoch"] == 1.0
+
+
+# --- wrong from the start ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "word"),
+    [
+        (["objective=dop"], ObjectiveError, "dpo"),
+        (["objective.gamma=1"], ObjectiveError, "gamma"),
+        (["data.source=nowhere.jsonl"], MlxprefError, "nowhere.jsonl"),
+        (["relabel=null", "data.valid_fraction=null", "training.best_metric=eval_loss"], ConfigError, "valid_fraction"),
+        (["data.valid_fraction=null", "training.steps_per_eval=3"], ConfigError, "validation rows"),
+        (["model.path=nowhere"], MlxprefError, "nowhere"),
+        (["relabel.min_gap=100"], DataError, "min_gap"),
+    ],
+)
+def test_what_is_wrong_stops_the_run_before_a_model_loads_and_leaves_nothing(
+    configure: Any, tmp_path: Path, settings: list[str], kind: type[Exception], word: str
+) -> None:
+    before = calls["load_policy"]
+    with pytest.raises(kind, match=word):
+        run(configure(*settings))
+    assert calls["load_policy"] == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_warmup_longer_than_the_run_is_refused(configure: Any) -> None:
+    with pytest.raises(ConfigError, match="warm-up"):
+        run(configure("optimizer.schedule.warmup_steps=12"))
+
+
+# --- evaluation, best, stopping ------------------------------------------------------------------
+
+
+def test_best_holds_the_adapter_of_the_best_evaluation(configure: Any) -> None:
+    result = run(configure("training.best_metric=eval_loss", "training.steps_per_eval=2", "training.save_every=2",
+                           "training.keep_last=null", "optimizer.learning_rate=30"))  # fmt: skip
+    values = {line["step"]: line["eval_loss"] for line in metrics(result.folder) if "eval_loss" in line}
+    best = min(values, key=lambda step: values[step])
+    assert (result.best_step, result.best_value) == (best, values[best])
+    assert len(set(values.values())) == 6 and best != N_STEPS
+    assert adapter(result.folder / "best") == adapter(result.folder / "checkpoints" / f"step-{best:06d}")
+
+
+def test_more_is_better_where_it_is(configure: Any) -> None:
+    result = run(configure("training.best_metric=eval_rewards/margins", "training.steps_per_eval=2"))
+    values = [line["eval_rewards/margins"] for line in metrics(result.folder) if "eval_loss" in line]
+    assert result.best_value == max(values) > min(values)
+
+
+def test_early_stopping_stops_after_so_many_evaluations_without_a_better_one(configure: Any) -> None:
+    settings = ["training.best_metric=eval_loss", "training.early_stopping=2", "training.steps_per_eval=1",
+                "optimizer.learning_rate=200", "training.iters=60"]  # fmt: skip
+    result = run(configure(*settings))
+    assert result.stopped is not None and "eval_loss has not improved in 2" in result.stopped
+    assert result.best_step is not None and result.step == result.best_step + 2 < 60
+    assert adapter(result) == adapter(result.folder / "checkpoints" / f"step-{result.step:06d}")
+    again = run(configure(*settings), resume=True)
+    assert (again.step, again.stopped) == (result.step, result.stopped)
+
+
+def test_evaluation_changes_nothing(configure: Any, tmp_path: Path) -> None:
+    often = run(configure(f"output.adapter_path={tmp_path / 'a'}", "training.steps_per_eval=1"))
+    never = run(configure(f"output.adapter_path={tmp_path / 'b'}", "training.steps_per_eval=0"))
+    assert adapter(often) == adapter(never)
+
+
+# --- steps that are not finite -------------------------------------------------------------------
+
+
+def test_a_skipped_step_is_counted_and_the_run_goes_on(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_NAN_STEPS", "3,4,7")
+    result = run(configure())
+    lines = metrics(result.folder)
+    assert result.skipped == 3 and result.step == N_STEPS
+    assert [line["skipped_steps"] for line in lines[:8]] == [0, 0, 1, 2, 2, 2, 3, 3]
+    assert lines[2]["loss"] is None and lines[4]["loss"] > 0
+
+
+def test_three_in_a_row_stop_the_run_with_the_remedy_and_the_adapter_before_them(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_NAN_STEPS", "6,7,8,9")
+    config = configure()
+    with pytest.raises(RunError, match=rf"{MAX_SKIPPED_IN_ROW} steps in a row \(6 to 8\).*learning_rate"):
+        run(config)
+    folder = Path(config.output.adapter_path)
+    assert adapter(folder) == adapter(folder / "checkpoints" / "step-000008")
+    with pytest.raises(RunError, match=r"4 steps in a row \(6 to 9\)"):
+        run(config, resume=True)
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+class StopAt(TrainCallback):
+    """Sends this process a signal while a step or an evaluation is going on."""
+
+    def __init__(self, number: int, *, step: int = 0, evaluation: int = 0) -> None:
+        self.number, self.step, self.evaluation = number, step, evaluation
+        self.evaluations = 0
+
+    def on_step(self, step: int, metrics: Any) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), self.number)
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        if what == "evaluation" and done == 1:
+            self.evaluations += 1
+            if self.evaluations == self.evaluation:
+                os.kill(os.getpid(), self.number)
+
+
+FULL = ["training.best_metric=eval_loss", "training.steps_per_eval=2", "training.early_stopping=4"]
+
+
+@pytest.fixture
+def whole(configure: Any, tmp_path: Path) -> TrainResult:
+    """The run that never stopped, with everything on."""
+    return run(configure(*FULL, f"output.adapter_path={tmp_path / 'whole'}"))
+
+
+def same(result: TrainResult, whole: TrainResult) -> None:
+    assert adapter(result) == adapter(whole)
+    assert metrics(result.folder) == metrics(whole.folder)
+    assert adapter(result.folder / "best") == adapter(whole.folder / "best")
+    assert (result.best_step, result.best_value) == (whole.best_step, whole.best_value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 3, 6, 11])
+def test_a_signal_finishes_the_step_saves_and_resumed_equals_uninterrupted(
+    configure: Any, whole: TrainResult, number: int, step: int
+) -> None:
+    config = configure(*FULL)
+    held = signal.getsignal(number)
+    stopped = run(config, listener=StopAt(number, step=step))
+    assert signal.getsignal(number) is held
+    assert stopped.interrupted == number
+    assert step <= stopped.step <= step + 1 and stopped.checkpoint is not None
+    assert json.loads((stopped.checkpoint / "state.json").read_text())["step"] == stopped.step
+    same(run(config, resume=True), whole)
+
+
+def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(configure: Any, whole: TrainResult) -> None:
+    config = configure(*FULL)
+    stopped = run(config, listener=StopAt(signal.SIGINT, evaluation=2))
+    assert stopped.step == 4 and stopped.interrupted == signal.SIGINT
+    assert [line["step"] for line in metrics(stopped.folder)] == [1, 2, 3]
+    same(run(config, resume=True), whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(configure: Any) -> None:
+    class Impatient(TrainCallback):
+        def on_step(self, step: int, metrics: Any) -> None:
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    config = configure()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, listener=Impatient())
+    assert run(config, resume=True).step == N_STEPS
+
+
+def test_a_finished_run_resumed_does_nothing(configure: Any) -> None:
+    config = configure()
+    first, before = run(config), calls["update"]
+    again = run(config, resume=True)
+    assert calls["update"] == before and again.step == N_STEPS and again.interrupted is None
+    assert adapter(first) == adapter(again)
+
+
+def test_training_works_outside_the_main_thread(configure: Any) -> None:
+    """Signals cannot be taken over there; a notebook or a server must still be able to train."""
+    results: list[TrainResult] = []
+    thread = threading.Thread(target=lambda: results.append(run(configure())))
+    thread.start()
+    thread.join()
+    assert results[0].step == N_STEPS
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ("optimizer.learning_rate=0.4", "optimizer.learning_rate: the run has 0.5, now 0.4"),
+        ("training.iters=24", "training.iters"),
+        ("relabel=null", "relabel"),
+    ],
+)
+def test_a_resumed_run_keeps_its_configuration(configure: Any, setting: str, word: str) -> None:
+    run(configure(), listener=StopAt(signal.SIGINT, step=3))
+    with pytest.raises(RunError, match=word):
+        run(configure(setting), resume=True)
+
+
+def test_what_changes_no_weight_may_change_on_resume(configure: Any, tmp_path: Path) -> None:
+    whole = run(configure(f"output.adapter_path={tmp_path / 'whole'}"))
+    run(configure(), listener=StopAt(signal.SIGINT, step=3))
+    settings = ["training.save_every=1", "training.keep_last=1", f"reference.store={tmp_path / 'other'}"]
+    assert adapter(run(configure(*settings), resume=True)) == adapter(whole)
+
+
+def test_changed_data_are_noticed_on_resume(configure: Any, pairs: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_bytes(pairs.read_bytes())
+    config = configure(f"data.source={mine}")
+    run(config, listener=StopAt(signal.SIGINT, step=3))
+    mine.write_text(pairs.read_text().replace("Paris", "London", 1))
+    with pytest.raises(RunError, match=r"data fingerprint[\s\S]*|not the data"):
+        run(config, resume=True)
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(configure: Any, tmp_path: Path) -> None:
+    whole = run(configure(f"output.adapter_path={tmp_path / 'whole'}"))
+    config = configure()
+    stopped = run(config, listener=StopAt(signal.SIGINT, step=9))
+    assert stopped.checkpoint is not None
+    (stopped.checkpoint / "step_state.safetensors").write_bytes(b"")
+    listener = Listener()
+    assert adapter(run(config, resume=True, listener=listener)) == adapter(whole)
+    assert any("damaged" in note for note in listener.notes)
+    assert listener.steps("step")[0] == 9
+
+
+def test_two_trainings_cannot_share_a_folder(configure: Any, tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", resume=False), pytest.raises(RunError, match="another process"):
+        run(configure())
+
+
+# --- killed --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(configure: Any, tmp_path: Path) -> list[str]:
+    """The command line of a run as its own process."""
+    from mlxpref.config_layers import dump_config
+
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(configure(*FULL, "training.save_every=2", "training.keep_last=2")))
+    return [sys.executable, str(Path(__file__).parent / "run_fake.py"), "train", "-c", str(file)]
+
+
+SLOW = {"FAKE_STEP_SECONDS": "0.03", "FAKE_SAVE_SECONDS": "0.1", "FAKE_EVAL_SECONDS": "0.01"}
+
+
+def started(folder: Path) -> bool:
+    return (folder / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_equals_never_killed(
+    command: list[str], configure: Any, tmp_path: Path
+) -> None:
+    """SIGKILL at five moments or more, half of them while a file of a checkpoint is being written."""
+    settings = [*FULL, "training.save_every=2", "training.keep_last=2"]
+    whole = run(configure(*settings, f"output.adapter_path={tmp_path / 'whole'}"))
+    folder, rng, kills, during_save = tmp_path / "run", random.Random(time.time_ns()), 0, 0
+    for attempt in range(40):
+        resume = ["--resume"] if started(folder) else []
+        process = subprocess.Popen(
+            [*command, *resume], env={**os.environ, **SLOW}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        saves = attempt % 2 == 1
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if saves and list(folder.glob("checkpoints/.*.part/*")) + list(folder.glob(".best.part/*")):
+                break
+            if not saves and (folder / "metrics.jsonl").exists():
+                time.sleep(rng.uniform(0, 0.6))
+                break
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+            during_save += bool(list(folder.glob("checkpoints/.*.part")) + list(folder.glob(".best.part")))
+        output = process.communicate()[0].decode()
+        assert process.returncode in (0, -signal.SIGKILL), output
+        for found in folder.glob("checkpoints/step-*"):
+            assert (found / "state.json").exists()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0 and kills >= 5 and during_save >= 2, (kills, during_save)
+    assert adapter(folder) == adapter(whole)
+    assert metrics(folder) == metrics(whole.folder)
+    assert adapter(folder / "best") == adapter(whole.folder / "best")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_says_how_to_go_on_and_exits_with_the_signals_code(
+    command: list[str], tmp_path: Path, number: int, code: int
+) -> None:
+    slow = {**os.environ, "FAKE_STEP_SECONDS": "0.2"}
+    process = subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"mlxpref train --adapter-path {tmp_path / 'run'} --resume" in out
+    assert "finishing this step" in err
+    resume = [*command[:3], "--adapter-path", str(tmp_path / "run"), "--resume"]
+    done = subprocess.run(resume, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "done: 12 steps" in done.stdout
+
+
+def test_errors_of_the_command_are_one_message_and_an_exit_code(command: list[str], tmp_path: Path) -> None:
+    for extra, code, word in (
+        (["--set", "training.iter=3"], 2, "did you mean training.iters?"),
+        (["--objective", "dop"], 2, "dpo"),
+        (["--data", str(tmp_path / "missing.jsonl")], 1, "missing.jsonl"),
+        (["--resume"], 1, "no run to resume"),
+    ):
+        done = subprocess.run([*command, *extra], capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        assert done.stderr.startswith("error: ") and word in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_plain_lines_when_there_is_no_terminal(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout
+    report = next(line for line in done.stdout.splitlines() if line.startswith("step 3/12"))
+    for label in ("loss ", "acc ", "margin ", "tok/s ", "GB ", "left "):
+        assert label in report
+
+
+def test_print_config_prints_what_would_run_and_runs_nothing(command: list[str], tmp_path: Path) -> None:
+    done = subprocess.run([*command, "--iters", "7", "--print-config"], capture_output=True, text=True, check=True)
+    file = tmp_path / "printed.yaml"
+    file.write_text(done.stdout)
+    assert load_config(file).training.iters == 7
+    assert not (tmp_path / "run").exists()
