@@ -264,8 +264,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _objective_by_name(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("objective"), str):
-            return {**data, "objective": {"name": data["objective"]}}
+        """A name alone is an objective; options alone are those of the default."""
+        given = data.get("objective") if isinstance(data, Mapping) else None
+        if isinstance(given, str):
+            return {**data, "objective": {"name": given}}
+        if isinstance(given, Mapping) and "name" not in given:
+            return {**data, "objective": {"name": "dpo", **given}}
         return data
 
     def as_dict(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -224,7 +224,7 @@ def _sections() -> dict[str, type[BaseModel]]:
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 found[name] = kind
-    nested = {
+    nested: dict[str, type[BaseModel]] = {
         "adapter.lora_parameters": LoraParameters,
         "optimizer.schedule": ScheduleSection,
         "data.source": SourceSection,

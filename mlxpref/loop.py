@@ -255,8 +255,9 @@ class Loop:
         sign = BEST_METRICS[name]
         if value == value and (progress.best_value is None or sign * value > sign * progress.best_value):
             progress.best_step, progress.best_value, progress.stale = progress.step, value, 0
-            facts = {"step": progress.step, "metric": name, "value": value}
-            self.run.save_best(lambda folder: self.work.save_adapter(folder, facts["step"]), facts)
+            step = progress.step
+            facts = {"step": step, "metric": name, "value": value}
+            self.run.save_best(lambda folder: self.work.save_adapter(folder, step), facts)
             return
         progress.stale += 1
         limit = self.settings.early_stopping

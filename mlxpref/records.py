@@ -271,11 +271,15 @@ class StepReport:
 
 @dataclass(slots=True)
 class Counts:
-    """Kept and dropped rows of one stage, with the reason and the first places of each."""
+    """Kept and dropped rows of one stage, with the reason and the first places of each.
+
+    ``notes`` counts kept rows that something happened to (their prompt was cut, …).
+    """
 
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def drop(self, row: Dropped) -> None:
         """Count a dropped row, remembering the first three places of its reason."""
@@ -285,8 +289,11 @@ class Counts:
             places.append(row.where)
 
     def lines(self) -> Iterator[str]:
-        """One line a reason, most frequent first: ``dropped 12: empty response (train.jsonl:7, …)``."""
+        """One line a reason, most frequent first: ``dropped 12: empty response (train.jsonl:7, …)``,
+        then one a note: ``kept 3: prompt cut to fit max_length``."""
         for reason, n in sorted(self.dropped.items(), key=lambda item: -item[1]):
             places = ", ".join(self.first.get(reason, ()))
             more = ", …" if n > len(self.first.get(reason, ())) and places else ""
             yield f"dropped {n}: {reason}" + (f" ({places}{more})" if places else "")
+        for what, n in sorted(self.notes.items(), key=lambda item: -item[1]):
+            yield f"kept {n}: {what}"

@@ -168,7 +168,7 @@ def _unpack(content: np.ndarray) -> Iterator[tuple[bytes, np.ndarray]]:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCounts:
-    """How many rows' reference log-probs were computed now, and how many were known before."""
+    """Different rows whose reference log-probs were computed now, and that were known before."""
 
     computed: int = 0
     reused: int = 0
@@ -299,4 +299,4 @@ def reference_logps(
     finally:
         if store is not None:
             store.flush()
-    return [found[key] for key in keys], ReferenceCounts(len(todo), len(rows) - len(todo))
+    return [found[key] for key in keys], ReferenceCounts(len(todo), len(found) - len(todo))

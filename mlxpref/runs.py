@@ -142,7 +142,7 @@ class RunFolder:
             _seal(aside, {"step": step, **state})
         self._publish(folder)
         whole = [found for _, found in _numbered(self.checkpoints)]
-        for old in whole[: len(whole) - keep_last] if keep_last is not None else []:
+        for old in [] if keep_last is None else whole[: max(0, len(whole) - keep_last)]:
             _remove(old)
         return folder
 

@@ -55,7 +55,9 @@ def load_policy(path: str, *, seed: int = 0, lora_parameters: Any = None, **_: A
     return Policy(path, seed, lora_parameters["rank"])
 
 
-def _forward(policy: Policy, batch: MicroBatch, reference: bool = False) -> tuple[Logps, np.ndarray, np.ndarray]:
+def _forward(
+    policy: Policy, batch: MicroBatch, reference: bool = False
+) -> tuple[Logps, np.ndarray, np.ndarray]:
     """Token log-probs, and per scored position its token before and its softmax."""
     before = np.concatenate([shelf.inputs.ravel() for shelf in batch.shelves])[batch.scored]
     logits = policy.logits(before, reference)
@@ -142,8 +144,9 @@ class Step:
         return _report(batch, found, 0.0, False)
 
     def save_state(self, folder: Path) -> None:
-        state = {f"w.{name}": value for name, value in self.policy.weights.items()}
-        state |= {f"m.{name}": value for name, value in self.moments.items()}
+        # safetensors writes the memory as it lies: transposed arrays must be laid out first
+        state = {f"w.{name}": np.ascontiguousarray(value) for name, value in self.policy.weights.items()}
+        state |= {f"m.{name}": np.ascontiguousarray(value) for name, value in self.moments.items()}
         state["rng"] = np.frombuffer(json.dumps(self.rng.bit_generator.state).encode(), np.uint8)
         state["count"] = np.array([self.count])
         _write(folder / "step_state.safetensors", save(state))
@@ -178,7 +181,8 @@ def make_step(policy: Policy, objective: Any, **_: Any) -> Step:
 
 def save_adapter(policy: Policy, folder: Path, *, extra: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "adapters.safetensors", save({n: v.astype(np.float32) for n, v in policy.weights.items()}))
+    weights = {n: np.ascontiguousarray(value, np.float32) for n, value in policy.weights.items()}
+    _write(folder / "adapters.safetensors", save(weights))
     config = {"fine_tune_type": "lora", "num_layers": 1, "model": policy.path, "mlxpref": dict(extra)}
     _write(folder / "adapter_config.json", json.dumps(config).encode())
 

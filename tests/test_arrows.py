@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent / "mlxpref"
 VALUES = {"records", "errors"}
 FILED = VALUES | {"files", "locks", "hub"}
 SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "data", "config", "config_layers"}
-LOOP = SPINE | {"runs", "facts", "reference", "schedules", "callbacks", "loop", "prepare"}
+LOOP = SPINE | {"runs", "facts", "reference", "schedules", "callbacks", "loop", "prepare", "assembly"}
 RUNS = LOOP | {"rewards", "report", "train", "evaluate", "generate", "parity", "sandbox"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -45,9 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mlx_backend": FILED | {"ops", "objectives", "data", "callbacks", "blas"},
     "torch_backend": FILED | {"ops", "objectives", "data", "callbacks"},
     "callbacks": VALUES | {"loop"},  # loop: the type of its result
-    "facts": SPINE,
-    "prepare": SPINE | {"reference"},
-    "loop": LOOP,
+    "prepare": SPINE,
+    "facts": SPINE | {"prepare", "reference"},
+    "loop": SPINE | {"callbacks", "runs", "schedules"},
+    "assembly": LOOP,
     "train": RUNS,
     "evaluate": RUNS,
     "generate": RUNS,
@@ -65,7 +66,7 @@ FRAMEWORKS: dict[str, set[str]] = {
     "torch": {"torch_backend"},
     "peft": {"torch_backend"},
     "accelerate": {"torch_backend"},
-    "transformers": {"torch_backend", "data.tokenization"},
+    "transformers": {"torch_backend", "data.tokenization", "data.render"},
     "trl": set(),
     "jax": set(),
 }

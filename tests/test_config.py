@@ -160,7 +160,7 @@ def test_set_reaches_into_lists_and_says_where_it_cannot() -> None:
     for key, word in (("objective.2.weight", "0 to 1"), ("model.path.x", "not a section")):
         with pytest.raises(ConfigError, match=word):
             set_key({**LEAST, "model": {"path": "m"}, "objective": mixture}, key, 1)
-    with pytest.raises(ConfigError, match="section.key=value"):
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
         parse_setting("training.seed")
 
 

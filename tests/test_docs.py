@@ -29,10 +29,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of every line that calls ``mlxpref``; a trailing backslash joins lines."""
+    """The words of every line that calls ``mlxpref``; a trailing backslash joins lines, a pipe ends one."""
     for line in text.replace("\\\n", " ").splitlines():
         if re.match(r"\s*(\$ )?mlxpref +[a-z]", line):
-            yield shlex.split(line.strip().removeprefix("$ "), comments=True)[1:]
+            call = re.split(r" [|>] ", line.strip().removeprefix("$ "))[0]
+            yield shlex.split(call, comments=True)[1:]
 
 
 def fenced(page: Path) -> str:
@@ -48,15 +49,17 @@ def all_command_lines() -> list[tuple[str, list[str]]]:
 
 
 def refused(words: list[str]) -> str | None:
-    """Why the command line cannot be right, judged by the names of commands and options alone."""
+    """Why the command would not take these words; values are not looked at."""
     name, *rest = words
     if name not in cli.COMMANDS:
         return f"no command {name}"
     command = cli.main.get_command(click.Context(cli.main), name)
     assert command is not None
-    known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
-    wrong = [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known]
-    return f"{name} has no {', '.join(wrong)}" if wrong else None
+    try:
+        _, extra, _ = command.make_parser(click.Context(command)).parse_args(rest)
+    except click.UsageError as error:
+        return f"{name}: {error.format_message()}"
+    return f"{name}: what is {' '.join(extra)}?" if extra else None
 
 
 def test_command_lines_in_documents_and_helps_are_right() -> None:
@@ -68,6 +71,7 @@ def test_command_lines_in_documents_and_helps_are_right() -> None:
 
 def test_the_judge_of_command_lines_can_refuse() -> None:
     """Witness of the test above."""
-    assert refused(["env", "--jsn"]) == "env has no --jsn"
+    assert "--jsn" in str(refused(["env", "--jsn"]))
+    assert refused(["env", "stray"]) == "env: what is stray?"
     assert refused(["trian"]) == "no command trian"
     assert refused(["env", "--json"]) is None

@@ -79,10 +79,10 @@ class LazyGroup(click.Group):
 
 EPILOG = """\b
 Example:
-  mlxpref relabel pairs.jsonl --out relabelled
+  mlxpref relabel pairs.jsonl --out relabelled --valid-fraction 0.05
   mlxpref train --model mlx-community/Qwen3-0.6B-4bit --data relabelled --adapter-path adapter
-  mlxpref evaluate --adapter-path adapter --data relabelled
-  mlxpref generate --adapter-path adapter --prompt "Why is the sky blue?"
+  mlxpref evaluate relabelled --adapter-path adapter
+  mlxpref generate "Why is the sky blue?" --adapter-path adapter
 """
 
 

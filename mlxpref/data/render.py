@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,7 +65,9 @@ def _check_files(folder: Path) -> None:
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     found = [folder / name for name in known if (folder / name).is_file()]
     if not found and not any(folder.glob("*.tiktoken")):
-        raise ModelError(f"{folder}: no tokenizer (looked for {', '.join(known)}); copy the model's files there")
+        raise ModelError(
+            f"{folder}: no tokenizer (looked for {', '.join(known)}); copy the model's files there"
+        )
     for file in found:
         if file.suffix == ".json":
             try:
@@ -98,7 +100,9 @@ def render_turn(prompt: Prompt, response: str, tokenizer: Any, *, tools: Any = N
     if not tokenizer.chat_template:
         return render_prompt(prompt, tokenizer) + response
     turns = (*prompt, Message("assistant", response))
-    return _apply(turns, tokenizer, tools, add_generation_prompt=False).removesuffix(turn_end(tokenizer).after)
+    return _apply(turns, tokenizer, tools, add_generation_prompt=False).removesuffix(
+        turn_end(tokenizer).after
+    )
 
 
 def _apply(turns: Prompt, tokenizer: Any, tools: Any, *, add_generation_prompt: bool) -> str:
@@ -154,7 +158,9 @@ def _turn_end(tokenizer: Any, chat_template: str | None) -> TurnEnd:
         token = tokenizer.convert_tokens_to_ids(found.group())
         return TurnEnd(token, True, after[found.end() :])
     if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no token that ends a turn; set eos_token in tokenizer_config.json")
+        raise ModelError(
+            "the tokenizer has no token that ends a turn; set eos_token in tokenizer_config.json"
+        )
     return TurnEnd(tokenizer.eos_token_id, False, after)
 
 
@@ -204,11 +210,9 @@ class Encoder:
 
         An added token cuts a text in two that are encoded apart, so nothing before the last one matters.
         """
-        last = None
-        if not self.add_special_tokens:
-            for last in self._added.finditer(prompt_text):
-                pass
-        return prompt_text[last.start() :] if last else prompt_text
+        if self.add_special_tokens:
+            return prompt_text
+        return prompt_text[max((at.start() for at in self._added.finditer(prompt_text)), default=0) :]
 
     def continuation(self, prompt_text: str, rest: str) -> list[int]:
         """(n,) ids of ``rest`` as a model would generate it after the ids of ``prompt_text``.
@@ -227,6 +231,3 @@ class Encoder:
             if both[: len(before)] == before:
                 return both[len(before) :]
         return self._encode([text], False)[0]
-
-
-Render = Callable[[Prompt], str]

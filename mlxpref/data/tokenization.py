@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ _AT_ONCE = 256
 NO_PREFIX = "the template rewrites a finished turn; the prompt is the longest common prefix"
 PROMPT_CUT = "prompt cut to fit max_length"
 RESPONSE_CUT = "response cut to fit max_length"
+GOAL_LOST = "the tokenizer does not know every character of the goal"
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, *, tools: Any = None) -> list[int]:
@@ -100,9 +101,8 @@ def tokenize_all(
     counts = Counts()
     remaining = iter(examples)
     while chunk := list(islice(remaining, _AT_ONCE)):
-        reader.prefetch(chunk)
-        for example in chunk:
-            row = reader.read(example, limits)
+        for example, texts in zip(chunk, reader.prefetch(chunk), strict=True):
+            row = reader.read(example, limits, texts)
             if isinstance(row, Dropped):
                 dropped.append(row)
                 counts.drop(row)
@@ -114,6 +114,229 @@ def tokenize_all(
         raise_all(lines[:10] + more, DataError, f"{len(lines)} rows cannot be used (strict):")
     counts.kept = len(rows)
     _note(counts, NO_PREFIX, reader.rewritten)
+    _note(counts, GOAL_LOST, reader.goals_lost)
     _note(counts, PROMPT_CUT, sum(row.prompt_cut > 0 for row in rows))
     _note(counts, RESPONSE_CUT, sum(any(row.response_cut) for row in rows))
     return _one_type_a_column(rows), counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What ``tokenize`` was asked for, checked."""
+
+    length: int
+    asked_prompt: int | None
+    truncation: Truncation
+
+    def __post_init__(self) -> None:
+        if self.truncation not in ("cut", "drop"):
+            raise ConfigError(f"truncation is {self.truncation!r}; it is one of cut, drop")
+        if self.length < 2:
+            raise ConfigError(f"max_length is {self.length}; a prompt and a response need at least 2 tokens")
+        if not 1 <= self.prompt < self.length:
+            raise ConfigError(
+                f"max_prompt_length is {self.prompt}; between 1 and max_length - 1, {self.length - 1},"
+                " it leaves room for a response"
+            )
+
+    @property
+    def prompt(self) -> int:
+        return self.length // 2 if self.asked_prompt is None else self.asked_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What a model reads: the prompt, and the prompt with each of K finished responses."""
+
+    prompt: str
+    finished: tuple[str, ...]
+
+    @property
+    def has_prefix(self) -> bool:
+        return all(text.startswith(self.prompt) for text in self.finished)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ids:
+    prompt: list[int]
+    responses: list[list[int]]
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.responses))
+
+
+class _Reader:
+    """Reads examples with one tokenizer; counts what it had to note."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end: TurnEnd = turn_end(tokenizer)
+        self.encoder = Encoder(tokenizer)
+        self.rewritten = 0
+        self.goals_lost = 0
+        self._goal_survives: dict[str, bool] = {}
+
+    def prefetch(self, examples: Sequence[Conditioned]) -> list[_Texts | Dropped]:
+        """Texts of all examples, and their encodings at once."""
+        found = [self._texts(example, example.prompt) for example in examples]
+        wanted = []
+        for texts in found:
+            if isinstance(texts, _Texts):
+                start = len(texts.prompt) - len(self.encoder.tail(texts.prompt))
+                wanted += [texts.prompt, texts.prompt[start:]]
+                wanted += [text[start:] if texts.has_prefix else text for text in texts.finished]
+        self.encoder.prefetch(wanted)
+        return found
+
+    def read(
+        self, example: Conditioned, limits: _Limits, texts: _Texts | Dropped | None = None
+    ) -> Tokenized | Dropped:
+        where = example.example_id
+        texts = texts or self._texts(example, example.prompt)
+        if isinstance(texts, Dropped):
+            return texts
+        ids = self._ids(texts)
+        if not ids.prompt:
+            return Dropped("prompt encodes to no token", where)
+        if not all(map(len, ids.responses)):
+            return Dropped("response encodes to no token", where)
+        whole = ids
+        if len(ids.prompt) + ids.longest > limits.length:
+            if limits.truncation == "drop":
+                return Dropped("longer than max_length", where)
+            cut = self._cut_prompt(example, ids, limits)
+            if isinstance(cut, Dropped):
+                return cut
+            ids = cut
+        room = limits.length - len(ids.prompt)
+        if room < 1:
+            return Dropped("prompt longer than max_length even when cut", where)
+        return self._row(example, texts, whole, _Ids(ids.prompt, [r[:room] for r in ids.responses]))
+
+    def _texts(self, example: Conditioned, prompt: Prompt) -> _Texts | Dropped:
+        tools = example.extras.get("tools")
+        try:
+            text = render_prompt(prompt, self.tokenizer, tools=tools)
+            finished = tuple(
+                render_turn(prompt, response, self.tokenizer, tools=tools) for response in example.responses
+            )
+        except DataError as error:
+            return Dropped(str(error), example.example_id)
+        if example.goal_text and example.goal_text not in text:
+            return Dropped("the chat template drops the goal", example.example_id)
+        return _Texts(text, finished)
+
+    def _ids(self, texts: _Texts) -> _Ids:
+        """The boundary: tokens of the prompt, and of each response with its end token, if it has any."""
+        prompt = _prompt_ids(self.encoder, texts.prompt)
+        if texts.has_prefix:
+            n = len(texts.prompt)
+            responses = [self.encoder.continuation(texts.prompt, text[n:]) for text in texts.finished]
+        else:
+            finished = [self.encoder.ids(text) for text in texts.finished]
+            n = min(_n_common(prompt, ids) for ids in finished)
+            prompt, responses = prompt[:n], [ids[n:] for ids in finished]
+        return _Ids(prompt, [self._ended(ids) for ids in responses])
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With the end token last; nothing, if there is nothing but the end token."""
+        if self.end.written and self.end.token in ids:
+            ids = ids[: len(ids) - 1 - ids[::-1].index(self.end.token)]
+        return [*ids, self.end.token] if ids else []
+
+    def _cut_prompt(self, example: Conditioned, ids: _Ids, limits: _Limits) -> _Ids | Dropped:
+        """Tokens with the prompt cut as far as the responses ask for, but not below its own limit."""
+        target = max(limits.prompt, limits.length - ids.longest)
+        if len(ids.prompt) <= target:
+            return ids
+        tools = example.extras.get("tools")
+
+        def fits(prompt: Prompt) -> bool:
+            return (
+                len(_prompt_ids(self.encoder, render_prompt(prompt, self.tokenizer, tools=tools))) <= target
+            )
+
+        texts = self._texts(example, cut_prompt(example.prompt, example.goal_text, fits))
+        return texts if isinstance(texts, Dropped) else self._ids(texts)
+
+    def _row(self, example: Conditioned, texts: _Texts, whole: _Ids, kept: _Ids) -> Tokenized | Dropped:
+        if all(ids == kept.responses[0] for ids in kept.responses):
+            return Dropped("all responses are the same tokens", example.example_id)
+        self.rewritten += not texts.has_prefix
+        self.goals_lost += not self._survives(example.goal_text)
+        return Tokenized(
+            prompt_ids=np.array(kept.prompt, np.int32),
+            response_ids=tuple(np.array(ids, np.int32) for ids in kept.responses),
+            example_id=example.example_id,
+            scores=example.scores,
+            goal=example.goal,
+            half=example.half,
+            prompt_cut=len(whole.prompt) - len(kept.prompt),
+            response_cut=tuple(
+                len(full) - len(ids) for full, ids in zip(whole.responses, kept.responses, strict=True)
+            ),
+            extras=_numbers(example),
+        )
+
+    def _survives(self, goal_text: str | None) -> bool:
+        """Whether the tokenizer knows every character of a goal; some drop those they do not know."""
+        if goal_text is None:
+            return True
+        if goal_text not in self._goal_survives:
+            decoded = self.tokenizer.decode(self.encoder.ids(goal_text), skip_special_tokens=True)
+            self._goal_survives[goal_text] = "".join(decoded.split()) == "".join(goal_text.split())
+        return self._goal_survives[goal_text]
+
+
+def _prompt_ids(encoder: Encoder, text: str) -> list[int]:
+    ids = encoder.ids(text)
+    # Some tokenizers end every text; a response would then follow an ended one.
+    ended = encoder.add_special_tokens and ids and ids[-1] == encoder.tokenizer.eos_token_id
+    return ids[:-1] if ended else ids
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _numbers(example: Conditioned) -> Mapping[str, Any]:
+    """The columns an objective can read: numbers, one an example or one a response."""
+    return {
+        name: value
+        for name, value in {**example.extras, **example.attributes}.items()
+        if _is_number(value)
+        or (isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_number, value)))
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _one_type_a_column(rows: list[Tokenized]) -> list[Tokenized]:
+    """Whole numbers as fractions, in columns that hold fractions elsewhere: one array type a run."""
+    fractional = {
+        name
+        for row in rows
+        for name, value in row.extras.items()
+        for one in (value if isinstance(value, list | tuple) else (value,))
+        if isinstance(one, float)
+    }
+
+    def alike(name: str, value: Any) -> Any:
+        if name not in fractional:
+            return value
+        return tuple(map(float, value)) if isinstance(value, list | tuple) else float(value)
+
+    return [
+        replace(row, extras={name: alike(name, value) for name, value in row.extras.items()})
+        if row.extras
+        else row
+        for row in rows
+    ]
+
+
+def _note(counts: Counts, what: str, n: int) -> None:
+    if n:
+        counts.notes[what] = n

@@ -15,9 +15,7 @@ GAP = " ... "
 """Stands where text was taken out."""
 
 
-def cut_prompt(
-    prompt: Prompt, goal_text: str | None, fits: Callable[[Prompt], bool]
-) -> Prompt | None:
+def cut_prompt(prompt: Prompt, goal_text: str | None, fits: Callable[[Prompt], bool]) -> Prompt:
     """The prompt with the middle taken out of every text longer than some bound, the largest that fits.
 
     Args:
@@ -26,7 +24,7 @@ def cut_prompt(
         fits: whether a prompt is short enough.
 
     Returns:
-        A new prompt, or None if even without any body text it does not fit.
+        A new prompt; where none fits, one without any text but the goal's.
     """
     pieces = [_around(message.content, goal_text) for message in prompt]
     carrier = next((at for at, (_, goal, _) in enumerate(pieces) if goal), None)
@@ -44,7 +42,7 @@ def cut_prompt(
 
     low, high = 0, max(len(text) for before, _, after in parts for text in (before, after))
     if not fits(cut_to(low)):
-        return None
+        return cut_to(low)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(cut_to(middle)) else (low, middle)

@@ -1,0 +1,190 @@
+"""``mlxpref inspect``: what a model will read, which of it is scored, and what was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+import numpy as np
+
+from mlxpref.cli import console
+from mlxpref.data.relabel import unconditioned
+from mlxpref.data.relabelled import is_relabelled, read_relabelled
+from mlxpref.data.sources import SourceSpec, parse_columns, read_source
+from mlxpref.data.tokenization import load_tokenizer, tokenize_all
+from mlxpref.errors import DataError, UsageError
+from mlxpref.records import Conditioned, Counts, Tokenized
+
+EPILOG = """\b
+Example:
+  mlxpref inspect relabelled --model Qwen/Qwen3-0.6B
+  mlxpref inspect relabelled --model Qwen/Qwen3-0.6B --max-length 512 --pick cut -n 5
+  mlxpref inspect pairs.jsonl --model ./model --tokens
+
+What stands between ⟦ and ⟧ (on a terminal: in green) is scored; everything before it is the prompt.
+"""
+
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
+
+SHOWN = 80
+"""Characters of the prompt's end that are repeated before each further response."""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("source")
+@click.option(
+    "--model", required=True, metavar="PATH", help="Folder or hub id whose tokenizer reads the data."
+)
+@click.option("--model-revision", metavar="REV", help="Revision of the model on the hub.")
+@click.option(
+    "-n", "--number", type=click.IntRange(0), default=3, show_default=True, help="Examples to print."
+)
+@click.option(
+    "--pick",
+    type=click.Choice(["first", "random", "cut", "longest"]),
+    default="first",
+    show_default=True,
+    help="Which examples to print.",
+)
+@click.option("--tokens", is_flag=True, help="Mark each scored token instead of each response.")
+@click.option(
+    "--max-length", type=int, default=1024, show_default=True, help="Tokens of prompt and response."
+)
+@click.option(
+    "--max-prompt-length", type=int, help="Prompts are cut down to this first.  [default: half of max-length]"
+)
+@click.option("--truncation", type=click.Choice(["cut", "drop"]), default="cut", show_default=True,
+              help="What happens to rows that are too long.")  # fmt: skip
+@click.option("--format", "data_format", metavar="NAME", help="Format of the source; detected by default.")
+@click.option(
+    "--columns", metavar="OURS=THEIRS,…", help="Columns of other names: prompt=question,chosen=best."
+)
+@click.option("--config", metavar="NAME", help="Configuration of a hub data set.")
+@click.option("--split", metavar="NAME", help="Split to read.  [default: train]")
+@click.option("--revision", metavar="REV", help="Revision of a hub data set.")
+@click.option("--limit", type=click.IntRange(1), help="Rows to read at most.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides what --pick random picks.")
+def command(source: str, **options: Any) -> None:
+    """Print examples of SOURCE as a model reads them, scored tokens marked, and a summary of all.
+
+    SOURCE is relabelled data, or any data set relabel reads; its rows are then shown without a goal.
+    """
+    examples = _read(source, options)
+    tokenizer = load_tokenizer(options["model"], revision=options["model_revision"])
+    rows, counts = tokenize_all(
+        examples,
+        tokenizer,
+        **{name: options[name] for name in ("max_length", "max_prompt_length", "truncation")},
+    )
+    texts = {(example.example_id, example.half): example for example in examples}
+    for row in _pick(rows, options["pick"], options["number"], options["seed"]):
+        for line in example_lines(row, texts[row.example_id, row.half], tokenizer, each=options["tokens"]):
+            console.say(line)
+    _summary(rows, counts)
+
+
+def _read(source: str, options: dict[str, Any]) -> list[Conditioned]:
+    if is_relabelled(source):
+        clash = [name for name in ("data_format", "columns", "config", "revision") if options[name]]
+        if clash:
+            flag = "--" + clash[0].removeprefix("data_")
+            raise UsageError(f"{source} is relabelled data, which {flag} does not apply to; leave it out")
+        return read_relabelled(source).read(options["split"] or "train")[: options["limit"]]
+    spec = SourceSpec(
+        source,
+        format=options["data_format"],
+        columns=parse_columns(options["columns"]) if options["columns"] else None,
+        **{name: options[name] for name in ("config", "split", "revision", "limit")},
+    )
+    found, counts = read_source(spec)
+    for line in counts.lines():
+        console.note(f"read: {line}")
+    if not found:
+        raise DataError(f"{source}: no row can be used")
+    console.note(f"{source} is not relabelled: rows are shown without a goal (see mlxpref relabel)")
+    return [unconditioned(example) for example in found]
+
+
+def _pick(rows: Sequence[Tokenized], how: str, number: int, seed: int) -> list[Tokenized]:
+    if how == "random":
+        order = np.random.default_rng(seed).permutation(len(rows))[:number]
+        return [rows[at] for at in sorted(order)]
+    if how == "longest":
+        return sorted(rows, key=lambda row: -_whole(row))[:number]
+    return [row for row in rows if how == "first" or row.prompt_cut or any(row.response_cut)][:number]
+
+
+# --- one example ---
+
+
+def example_lines(row: Tokenized, example: Conditioned, tokenizer: Any, *, each: bool) -> Iterator[str]:
+    """The first response after the whole prompt, the others after its end; scored tokens marked."""
+    prompt = tokenizer.decode(row.prompt_ids)
+    yield f"\n===== {row.example_id} · half {row.half or 'none'} · {_count(len(row.prompt_ids), row.prompt_cut)} prompt"
+    yield f"goal: {'none' if example.goal_text is None else example.goal_text}"
+    for k, ids in enumerate(row.response_ids):
+        role = "chosen" if k == 0 else "rejected" if len(row.response_ids) == 2 else f"response {k + 1}"
+        score = "" if row.scores is None else f", score {row.scores[k]:g}"
+        yield f"----- {role}{score} · {_count(len(ids), row.response_cut[k])} scored -----"
+        before = prompt if k == 0 or len(prompt) <= SHOWN else "…" + prompt[-SHOWN:]
+        yield before + "".join(mark(piece) for piece in _pieces(row.prompt_ids, ids, tokenizer, each))
+
+
+def mark(text: str) -> str:
+    """Scored text, visibly."""
+    return click.style(text, fg="green", bold=True) if console.is_terminal() else f"⟦{text}⟧"
+
+
+def _count(kept: int, cut: int) -> str:
+    return f"{kept} tokens" + (f" ({cut} cut)" if cut else "")
+
+
+def _pieces(prompt_ids: np.ndarray, ids: np.ndarray, tokenizer: Any, each: bool) -> Iterator[str]:
+    """Text of the response as it stands after its prompt; of each token that completes a character."""
+    before = list(prompt_ids[-8:])  # enough context for tokenizers that treat a text's beginning apart
+    shown = tokenizer.decode(before)
+    for n in range(1 if each else len(ids), len(ids) + 1):
+        text = tokenizer.decode([*before, *ids[:n]])
+        if text.endswith("\ufffd") and n < len(ids):
+            continue
+        if text.startswith(shown):
+            yield text[len(shown) :]
+        else:
+            yield tokenizer.decode(ids[:n] if not each else ids[n - 1 : n])
+        shown = text
+
+
+# --- all of them ---
+
+
+def _whole(row: Tokenized) -> int:
+    """Tokens of the prompt and its longest response, before anything was cut."""
+    longest = max(len(ids) + cut for ids, cut in zip(row.response_ids, row.response_cut, strict=True))
+    return len(row.prompt_ids) + row.prompt_cut + longest
+
+
+def _summary(rows: Sequence[Tokenized], counts: Counts) -> None:
+    console.say("")
+    if rows:
+        lengths = {
+            "prompt": [len(row.prompt_ids) + row.prompt_cut for row in rows],
+            "preferred response": [len(row.response_ids[0]) + row.response_cut[0] for row in rows],
+            "other responses": [
+                len(ids) + cut
+                for row in rows
+                for ids, cut in zip(row.response_ids[1:], row.response_cut[1:], strict=True)
+            ],
+            "prompt and longest": [_whole(row) for row in rows],
+        }
+        console.table(
+            ("tokens, uncut", "least", "10 %", "median", "90 %", "99 %", "most"),
+            [
+                (name, *(int(v) for v in np.quantile(values, QUANTILES, method="inverted_cdf")))
+                for name, values in lengths.items()
+            ],
+        )
+    dropped = sum(counts.dropped.values())
+    console.say(f"{counts.kept} rows kept, {dropped} dropped")
+    for line in counts.lines():
+        console.say(line)
