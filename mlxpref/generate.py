@@ -71,9 +71,7 @@ class Answer:
         }
 
 
-def ask(
-    question: Question, goal: Goal | None, recipe: Recipe | None, tokenizer: Any, *, index: int = 0
-) -> Asked:
+def ask(question: Question, goal: Goal | None, recipe: Recipe | None, tokenizer: Any, *, index: int = 0) -> Asked:
     """Write the goal into the prompt and encode it, as training does.
 
     Raises:

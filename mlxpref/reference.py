@@ -210,8 +210,7 @@ def logps_pass(
         for index, of_row in zip(part.rows, tokens, strict=True):
             row = rows[index]
             logps = [
-                np.array(values[: len(ids)], np.float32)
-                for values, ids in zip(of_row, row.response_ids, strict=True)
+                np.array(values[: len(ids)], np.float32) for values, ids in zip(of_row, row.response_ids, strict=True)
             ]
             _check_finite(row, logps, "reference" if reference else "policy")
             yield index, logps

@@ -153,8 +153,9 @@ class Step:
 
     def load_state(self, folder: Path) -> None:
         state = load((folder / "step_state.safetensors").read_bytes())
-        self.policy.weights = {n.removeprefix("w."): v for n, v in state.items() if n.startswith("w.")}
-        self.moments = {n.removeprefix("m."): v for n, v in state.items() if n.startswith("m.")}
+        # a safetensors file comes back in any order, and random numbers are drawn in this one
+        self.policy.weights = {name: state[f"w.{name}"] for name in self.policy.weights}
+        self.moments = {name: state[f"m.{name}"] for name in self.moments}
         self.rng.bit_generator.state = json.loads(bytes(state["rng"]))
         self.count = int(state["count"][0])
 

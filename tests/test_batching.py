@@ -17,9 +17,7 @@ from mlxpref.errors import ConfigError, DataError
 from mlxpref.records import MicroBatch, Tokenized
 
 
-def make_rows(
-    n_sources: int, *, seed: int = 0, ks: tuple[int, ...] = (2,), longest: int = 200
-) -> list[Tokenized]:
+def make_rows(n_sources: int, *, seed: int = 0, ks: tuple[int, ...] = (2,), longest: int = 200) -> list[Tokenized]:
     """Two halves a source, the second with its responses reversed; token ids are never 0."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -152,9 +150,7 @@ def test_every_epoch_visits_every_example_once(n_sources: int, batch_size: int, 
     """Finds a dropped last batch, and a batch larger than asked for."""
     rows = make_rows(n_sources)
     for epoch in range(3):
-        batches = epoch_order(
-            [row.example_id for row in rows], batch_size=batch_size, shuffle=shuffle, epoch=epoch
-        )
+        batches = epoch_order([row.example_id for row in rows], batch_size=batch_size, shuffle=shuffle, epoch=epoch)
         assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
         assert all(0 < len(batch) <= batch_size for batch in batches)
 
@@ -162,9 +158,7 @@ def test_every_epoch_visits_every_example_once(n_sources: int, batch_size: int, 
 def test_epochs_and_seeds_differ() -> None:
     """Finds a shuffle that is the same each epoch or ignores its seed."""
     ids = [str(n) for n in range(64)]
-    orders = {
-        str(epoch_order(ids, batch_size=4, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)
-    }
+    orders = {str(epoch_order(ids, batch_size=4, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
 
 
@@ -188,6 +182,15 @@ def test_halves_may_part_when_told_to() -> None:
     ids = [f"source-{n // 2}" for n in range(400)]
     batches = epoch_order(ids, batch_size=4, keep_together=False)
     assert any(row ^ 1 not in batch for batch in batches for row in batch)
+
+
+def test_batches_are_full_where_they_can_be() -> None:
+    """Finds places left empty: a batch smaller than asked for is another learning rate."""
+    singles = [str(n) for n in range(40)]
+    threes_and_ones = [f"three-{n // 3}" for n in range(30)] + singles[:10]
+    for ids in (singles, threes_and_ones):
+        batches = epoch_order(ids, batch_size=4)
+        assert [len(batch) for batch in batches] == [4] * 10
 
 
 def test_no_shuffle_is_file_order() -> None:
@@ -274,9 +277,10 @@ def test_padding_stays_within_reason() -> None:
     assert shared.slots < 0.9 * whole.slots
 
 
-def test_no_row_is_longer_than_the_longest_example() -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_no_row_is_longer_than_the_longest_example(seed: int) -> None:
     """Finds pads beyond the positions a model has: reading there gives garbage, or NaN."""
-    rows = make_rows(40, longest=300)
+    rows = make_rows(40, seed=seed, longest=300)
     longest = max(len(row.prompt_ids) + len(ids) - 1 for row in rows for ids in row.response_ids)
     for plan in (plan_steps(rows, batch_size=4, max_shapes=5), plan_pass(rows, max_shapes=3)):
         assert max(shape.prompt + shape.rows[0] for shape in plan.shapes) == longest

@@ -58,9 +58,7 @@ def make_policy() -> fakes.FakePolicy:
     return fakes.FakePolicy(fakes.table(1), fakes.table(2))
 
 
-def ids_by_hand(
-    tokenizer: Any, question: str, goal: float | None, response: str
-) -> tuple[list[int], list[int]]:
+def ids_by_hand(tokenizer: Any, question: str, goal: float | None, response: str) -> tuple[list[int], list[int]]:
     """Prompt and response ids as ChatML spells them."""
     system = "" if goal is None else f"<|im_start|>system\n{WORDING.format(f'{goal:g}')}<|im_end|>\n"
     text = f"{system}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -170,9 +168,7 @@ def test_a_pair_whose_first_is_worse_by_score() -> None:
 
 def test_the_views_of_a_list() -> None:
     """Scores 6, 2, 9, 2: three goals, and nothing between the two that are equal."""
-    found = {
-        (name, goal): (pairs, own) for name, goal, pairs, own in summary(views_of(0, LISTS[0], Recipe()))
-    }
+    found = {(name, goal): (pairs, own) for name, goal, pairs, own in summary(views_of(0, LISTS[0], Recipe()))}
     assert found["chosen", 9.0] == (((0, 1), (0, 3), (2, 0), (2, 1), (2, 3)), (2,))
     assert found["rejected", 6.0] == (((0, 1), (0, 2), (0, 3), (2, 1), (2, 3)), (0,))
     assert found["rejected", 2.0] == (((0, 2), (1, 0), (1, 2), (3, 0), (3, 2)), (1, 3))
@@ -255,9 +251,7 @@ class Hand:
     def sums(self, example: Scored, goal: float | None, k: int) -> tuple[float, float, int]:
         """Log-prob of response k under policy and reference, and its tokens."""
         prompt, response = ids_by_hand(self.tokenizer, example.prompt[-1].content, goal, example.responses[k])
-        logps = (
-            sum(fakes.by_hand(of, prompt, response)) for of in (self.policy.policy, self.policy.reference)
-        )
+        logps = (sum(fakes.by_hand(of, prompt, response)) for of in (self.policy.policy, self.policy.reference))
         return (*logps, len(response))
 
     def margin(self, example: Scored, goal: float | None, i: int, j: int) -> float:
@@ -292,18 +286,14 @@ def test_every_figure_by_hand(chat_tokenizer: Any, share_prompts: bool) -> None:
     examples = [*PAIRS, *LISTS]
     policy = make_policy()
     policy.share_prompts = share_prompts
-    found = evaluate(
-        examples, fakes.backend(), policy, chat_tokenizer, recipe=Recipe(), micro_batch_tokens=700
-    ).metrics
+    found = evaluate(examples, fakes.backend(), policy, chat_tokenizer, recipe=Recipe(), micro_batch_tokens=700).metrics
     hand = Hand(chat_tokenizer, policy)
     near = lambda value: pytest.approx(value, abs=2e-4)  # noqa: E731 - sums of float32 tokens
     assert set(found["views"]) == set(VIEWS) and found["examples"] == 6
 
     for name in VIEWS:
         view = found["views"][name]
-        assert view["accuracy"] == near(hand.over_pairs(examples, name, lambda *at: hand.margin(*at) > 0)), (
-            name
-        )
+        assert view["accuracy"] == near(hand.over_pairs(examples, name, lambda *at: hand.margin(*at) > 0)), name
         assert view["margin"] == near(hand.over_pairs(examples, name, hand.margin)), name
         for key, which in (("ranking_accuracy", 0), ("reference_ranking_accuracy", 1)):
             expected = hand.over_pairs(
@@ -352,8 +342,7 @@ def test_every_figure_by_hand(chat_tokenizer: Any, share_prompts: bool) -> None:
         different = [(i, j) for i in n for j in n if i < j and scores[i] != scores[j]]
         sensitivity.append(
             statistics.fmean(
-                hand.margin(example, scores[i], i, j) - hand.margin(example, scores[j], i, j)
-                for i, j in different
+                hand.margin(example, scores[i], i, j) - hand.margin(example, scores[j], i, j) for i, j in different
             )
         )
     assert found["goal_sensitivity"]["mean"] == near(statistics.fmean(sensitivity))
@@ -375,9 +364,7 @@ def test_a_bare_model_is_its_own_reference(chat_tokenizer: Any, tmp_path: Path) 
     """0 by definition and said; each row computed once, and never as a policy."""
     policy = make_policy()
     store = ReferenceStore(tmp_path, policy.fingerprint)
-    found = evaluate(
-        PAIRS, fakes.backend(), policy, chat_tokenizer, recipe=Recipe(), has_adapter=False, store=store
-    )
+    found = evaluate(PAIRS, fakes.backend(), policy, chat_tokenizer, recipe=Recipe(), has_adapter=False, store=store)
     for view in found.metrics["views"].values():
         assert view["accuracy"] == view["margin"] == view["change"]["chosen"]["sum"] == 0
         assert view["ranking_accuracy"] == view["reference_ranking_accuracy"]
@@ -509,9 +496,7 @@ def test_the_command(fake_room: Any, tmp_path: Path, no_sockets: Any) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl", PAIRS[:3])
     adapter = write_adapter(tmp_path / "adapter", Recipe(), tokenization={"max_length": 256})
     figures, rows = tmp_path / "figures.json", tmp_path / "rows.jsonl"
-    ran = run(
-        data, "--adapter-path", adapter, "--json", figures, "--per-row", rows, "--store", tmp_path / "store"
-    )
+    ran = run(data, "--adapter-path", adapter, "--json", figures, "--per-row", rows, "--store", tmp_path / "store")
     assert ran.exit_code == 0, ran.output
     for words in ("goal sensitivity", "ranking accuracy", "accuracy by score gap", "no goal"):
         assert words in ran.output
@@ -570,9 +555,7 @@ def test_the_command_on_relabelled_data(fake_room: Any, tmp_path: Path) -> None:
         (["--model", "m", "--recipe", "nowhere.json"], 1, "nowhere.json"),
     ],
 )
-def test_what_cannot_be_is_said(
-    fake_room: Any, tmp_path: Path, arguments: list[str], code: int, words: str
-) -> None:
+def test_what_cannot_be_is_said(fake_room: Any, tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
     ran = run(write_pairs(tmp_path / "pairs.jsonl", PAIRS), *arguments)
     assert (ran.exit_code, words in ran.output) == (code, True), ran.output
 

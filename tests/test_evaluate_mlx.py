@@ -29,9 +29,7 @@ def adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     from mlxpref import mlx_backend
 
-    policy = mlx_backend.load_policy(
-        str(tiny_model_dir), num_layers=2, lora_parameters={"rank": 4, "scale": 4.0}
-    )
+    policy = mlx_backend.load_policy(str(tiny_model_dir), num_layers=2, lora_parameters={"rank": 4, "scale": 4.0})
     folder = tmp_path_factory.mktemp("adapter")
     mlx_backend.save_adapter(policy, folder, extra={"recipe": Recipe().as_dict()})
     weights = load_file(folder / "adapters.safetensors")
@@ -113,9 +111,7 @@ def test_greedy_text_is_that_of_mlx_lm(
     from mlx_lm import generate, load
 
     options = [] if with_adapter else ["--no-adapter"]
-    ours = run(
-        "generate", "Tell me a story.", "--adapter-path", adapter, "--goal", 6, "--max-tokens", 24, *options
-    )
+    ours = run("generate", "Tell me a story.", "--adapter-path", adapter, "--goal", 6, "--max-tokens", 24, *options)
     model, tokenizer = load(str(tiny_model_dir), adapter_path=str(adapter) if with_adapter else None)
     turns = [
         {"role": "system", "content": Recipe().goal_text(6)},

@@ -9,10 +9,10 @@ from typing import Any
 import fakes
 import pytest
 from click.testing import CliRunner
-from mlxpref.data.tokenization import tokenize
 
 from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, Recipe
 from mlxpref.data.relabel import relabel, unconditioned
+from mlxpref.data.tokenization import tokenize
 from mlxpref.errors import AdapterError, DataError, MlxprefError, UsageError
 from mlxpref.generate import (
     adapter_recipe,
@@ -200,9 +200,7 @@ def test_tools_reach_the_template(chat_tokenizer: Any, tmp_path: Path) -> None:
     import copy
 
     tokenizer = copy.deepcopy(chat_tokenizer)
-    tokenizer.chat_template = (
-        "{% for t in tools or [] %}[{{ t['name'] }}]{% endfor %}" + tokenizer.chat_template
-    )
+    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t['name'] }}]{% endfor %}" + tokenizer.chat_template
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "One?", "tools": [{"name": "search"}]}) + "\n")
     (question,) = read_questions(file)
@@ -270,9 +268,7 @@ def test_one_prompt_prints_its_answer_alone(room: Room, adapter: Path, no_socket
 
 def test_several_goals_and_the_base(room: Room, adapter: Path, tmp_path: Path) -> None:
     file = tmp_path / "answers.json"
-    ran = run(
-        "Why?", "--adapter-path", adapter, "--goal", "2", "--goal", "none", "--compare-base", "--json", file
-    )
+    ran = run("Why?", "--adapter-path", adapter, "--goal", "2", "--goal", "none", "--compare-base", "--json", file)
     assert ran.exit_code == 0, ran.output
     headings = [line for line in ran.stdout.split("\n") if line.startswith("---")]
     assert headings == ["--- goal 2", "--- goal 2, base model", "--- no goal", "--- no goal, base model"]

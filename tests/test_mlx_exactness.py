@@ -110,8 +110,9 @@ def ours(policy: Any, rows: list[Tokenized], share: bool) -> tuple[list[list[np.
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    gap = max(np.abs(a - b).max() for f, e in zip(found[0], expected[0], strict=True) for a, b in zip(f, e, strict=True))
-    mean = np.mean([(a - b).mean() for f, e in zip(found[0], expected[0], strict=True) for a, b in zip(f, e, strict=True)])
+    pairs = [(a, b) for f, e in zip(found[0], expected[0], strict=True) for a, b in zip(f, e, strict=True)]
+    gap = max(np.abs(a - b).max() for a, b in pairs)
+    mean = np.mean([(a - b).mean() for a, b in pairs])
     assert gap <= LOGP, f"log-probs differ by {gap:.2e} nats"
     assert abs(mean) <= LOGP / 10, f"log-probs drift by {mean:.2e} nats"
     assert found[1].keys() == expected[1].keys()

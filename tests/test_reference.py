@@ -226,9 +226,7 @@ def test_an_interruption_keeps_what_was_computed(tmp_path: Path) -> None:
     with pytest.raises(_Stopped):
         reference_logps(rows, broken, make_policy(), ReferenceStore(tmp_path, "base"), micro_batch_tokens=256)
     policy = make_policy()
-    _, counts = reference_logps(
-        rows, fakes.backend(), policy, ReferenceStore(tmp_path, "base"), micro_batch_tokens=256
-    )
+    _, counts = reference_logps(rows, fakes.backend(), policy, ReferenceStore(tmp_path, "base"), micro_batch_tokens=256)
     assert 0 < counts.computed < 40
     assert sum(n for _, n in policy.asked) == counts.computed == 40 - counts.reused
 

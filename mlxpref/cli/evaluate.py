@@ -77,9 +77,7 @@ Example:
     help="Folder that keeps reference log-probs.  [default: the user's cache]",
 )
 @click.option("--no-store", is_flag=True, help="Keep no reference log-probs, and use none.")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
-)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
 @click.option(
     "--per-row",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -155,9 +153,7 @@ def _read(data: str, options: dict[str, Any]) -> tuple[list[Scored], Counts, Rec
 
 
 def _read_relabelled(folder: Path, options: dict[str, Any]) -> tuple[list[Scored], Counts, Recipe | None]:
-    idle = [
-        name for name in ("format_name", "columns", "score", "config_name", "data_revision") if options[name]
-    ]
+    idle = [name for name in ("format_name", "columns", "score", "config_name", "data_revision") if options[name]]
     if idle:
         flags = ", ".join("--" + name.removesuffix("_name").replace("_", "-") for name in idle)
         raise UsageError(f"{folder} is relabelled data, on which {flags} cannot act")
@@ -176,17 +172,13 @@ def _held_out(splits: Sequence[str]) -> str | None:
     return next((name for name in found if name is not None), None)
 
 
-def _recipe(
-    opened: Opened, examples: Sequence[Scored], written_with: Recipe | None, relabelled: bool
-) -> Recipe | None:
+def _recipe(opened: Opened, examples: Sequence[Scored], written_with: Recipe | None, relabelled: bool) -> Recipe | None:
     """The recipe to ask with: the policy's own; a bare model's is that of the data, or fitted on them."""
     recipe = opened.recipe
     if recipe is not None:
         return in_goal_units(recipe) if relabelled else recipe
     if opened.has_adapter:
-        console.note(
-            "the adapter was trained without goals: unconditioned rows only (--recipe asks with goals)"
-        )
+        console.note("the adapter was trained without goals: unconditioned rows only (--recipe asks with goals)")
         return None
     if relabelled:
         return None if written_with is None else in_goal_units(written_with)

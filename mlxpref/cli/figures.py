@@ -47,28 +47,23 @@ def show(metrics: dict[str, Any]) -> None:
     bins = [name for name in names if views[name]["by_gap"]]
     if bins:
         console.say()
+        by_gap = [views[name]["by_gap"] for name in bins]
         console.table(
-            ["score gap", "pairs", *(HEADINGS[name] for name in bins)],
-            [
-                [_bin(entry), entry["pairs"], *(views[name]["by_gap"][i]["accuracy"] for name in bins)]
-                for i, entry in enumerate(views[bins[0]]["by_gap"])
-            ],
-            title="accuracy by score gap",
+            ["score gap", *(HEADINGS[name] for name in bins)],
+            [[_bin(of_gap[0]), *map(_share, of_gap)] for of_gap in zip(*by_gap, strict=True) if _any(of_gap)],
+            title="accuracy by score gap, of pairs",
         )
     console.say()
     sensitivity = metrics["goal_sensitivity"]
     if sensitivity["mean"] is not None:
         error = "" if sensitivity["error"] is None else f" ± {sensitivity['error']:.2g}"
-        console.say(
-            f"goal sensitivity: {sensitivity['mean']:.4g}{error} nats ({sensitivity['examples']} examples)"
-        )
+        console.say(f"goal sensitivity: {sensitivity['mean']:.4g}{error} nats ({sensitivity['examples']} examples)")
     if metrics["high_score"] is not None:
         console.say(f"high-score rejected: score >= {metrics['high_score']:g}")
     cut = metrics["cut"]
     if cut["prompts"] or cut["responses"]:
         console.say(
-            f"cut to fit, of {cut['rows']} rows: the prompt in {cut['prompts']}, a response in "
-            f"{cut['responses']}"
+            f"cut to fit, of {cut['rows']} rows: the prompt in {cut['prompts']}, a response in {cut['responses']}"
         )
     for line in metrics["notes"]:
         console.say(f"note: {line}")
@@ -83,3 +78,11 @@ def _figure(view: dict[str, Any], path: Sequence[str]) -> Any:
 
 def _bin(entry: dict[str, Any]) -> str:
     return f"> {entry['above']:g}" if entry["to"] is None else f"{entry['above']:g} - {entry['to']:g}"
+
+
+def _any(of_gap: Sequence[dict[str, Any]]) -> bool:
+    return any(entry["pairs"] for entry in of_gap)
+
+
+def _share(entry: dict[str, Any]) -> str:
+    return f"{entry['accuracy']:.3f} of {entry['pairs']}" if entry["pairs"] else console.cell(None)

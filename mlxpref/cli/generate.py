@@ -83,9 +83,7 @@ def command(
     """
     questions = _questions(prompt, options["file"], options["system"])
     if adapter_path is None and (options["no_adapter"] or options["compare_base"]):
-        raise UsageError(
-            "--no-adapter and --compare-base need --adapter-path: there is no adapter to leave out"
-        )
+        raise UsageError("--no-adapter and --compare-base need --adapter-path: there is no adapter to leave out")
     if options["no_adapter"] and options["compare_base"]:
         raise UsageError("--no-adapter and --compare-base contradict each other")
     opened = open_policy(
@@ -175,11 +173,7 @@ class _Shown:
             console.say()
 
     def _heading(self, answer: Answer) -> str:
-        words = (
-            []
-            if answer.asked.goal is None and self.opened.recipe is None
-            else [goal_words(answer.asked.goal)]
-        )
+        words = [] if answer.asked.goal is None and self.opened.recipe is None else [goal_words(answer.asked.goal)]
         if self.opened.has_adapter and not answer.adapter:
             words.append("base model")
         return ", ".join(words)

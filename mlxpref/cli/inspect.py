@@ -33,13 +33,9 @@ SHOWN = 80
 
 @click.command(epilog=EPILOG)
 @click.argument("source")
-@click.option(
-    "--model", required=True, metavar="PATH", help="Folder or hub id whose tokenizer reads the data."
-)
+@click.option("--model", required=True, metavar="PATH", help="Folder or hub id whose tokenizer reads the data.")
 @click.option("--model-revision", metavar="REV", help="Revision of the model on the hub.")
-@click.option(
-    "-n", "--number", type=click.IntRange(0), default=3, show_default=True, help="Examples to print."
-)
+@click.option("-n", "--number", type=click.IntRange(0), default=3, show_default=True, help="Examples to print.")
 @click.option(
     "--pick",
     type=click.Choice(["first", "random", "cut", "longest"]),
@@ -48,18 +44,14 @@ SHOWN = 80
     help="Which examples to print.",
 )
 @click.option("--tokens", is_flag=True, help="Mark each scored token instead of each response.")
-@click.option(
-    "--max-length", type=int, default=1024, show_default=True, help="Tokens of prompt and response."
-)
+@click.option("--max-length", type=int, default=1024, show_default=True, help="Tokens of prompt and response.")
 @click.option(
     "--max-prompt-length", type=int, help="Prompts are cut down to this first.  [default: half of max-length]"
 )
 @click.option("--truncation", type=click.Choice(["cut", "drop"]), default="cut", show_default=True,
               help="What happens to rows that are too long.")  # fmt: skip
 @click.option("--format", "data_format", metavar="NAME", help="Format of the source; detected by default.")
-@click.option(
-    "--columns", metavar="OURS=THEIRS,…", help="Columns of other names: prompt=question,chosen=best."
-)
+@click.option("--columns", metavar="OURS=THEIRS,…", help="Columns of other names: prompt=question,chosen=best.")
 @click.option("--config", metavar="NAME", help="Configuration of a hub data set.")
 @click.option("--split", metavar="NAME", help="Split to read.  [default: train]")
 @click.option("--revision", metavar="REV", help="Revision of a hub data set.")
@@ -121,7 +113,8 @@ def _pick(rows: Sequence[Tokenized], how: str, number: int, seed: int) -> list[T
 def example_lines(row: Tokenized, example: Conditioned, tokenizer: Any, *, each: bool) -> Iterator[str]:
     """The first response after the whole prompt, the others after its end; scored tokens marked."""
     prompt = tokenizer.decode(row.prompt_ids)
-    yield f"\n===== {row.example_id} · half {row.half or 'none'} · {_count(len(row.prompt_ids), row.prompt_cut)} prompt"
+    length = _count(len(row.prompt_ids), row.prompt_cut)
+    yield f"\n===== {row.example_id} · half {row.half or 'none'} · prompt {length} ====="
     yield f"goal: {'none' if example.goal_text is None else example.goal_text}"
     for k, ids in enumerate(row.response_ids):
         role = "chosen" if k == 0 else "rejected" if len(row.response_ids) == 2 else f"response {k + 1}"

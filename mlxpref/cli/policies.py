@@ -79,9 +79,7 @@ def open_policy(
         AdapterError, ModelError: the folder cannot be used.
     """
     if adapter_path is None and model is None:
-        raise UsageError(
-            "which policy? Give --adapter-path FOLDER, or --model for a model without an adapter"
-        )
+        raise UsageError("which policy? Give --adapter-path FOLDER, or --model for a model without an adapter")
     if revision is not None and (adapter_path is not None or model is None):
         raise UsageError("--revision is for a --model on the hub without an adapter")
     facts = {} if adapter_path is None else adapter_facts(adapter_path)

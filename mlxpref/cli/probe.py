@@ -19,7 +19,13 @@ Example:
 @click.command(epilog=EPILOG)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--num-layers", default=16, show_default=True, help="Adapted layers, counted from the last.")
-@click.option("--fine-tune-type", default="lora", show_default=True, type=click.Choice(["lora", "dora", "full"]))
+@click.option(
+    "--fine-tune-type",
+    default="lora",
+    show_default=True,
+    type=click.Choice(["lora", "dora", "full"]),
+    help="What trains: its gradients are compared.",
+)
 def command(models: tuple[str, ...], num_layers: int, fine_tune_type: str) -> None:
     """Say which way a model's forward pass takes.
 

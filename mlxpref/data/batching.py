@@ -80,14 +80,10 @@ def _check_fit(examples: Sequence[Tokenized], shape: Shape) -> None:
         raise ValueError(f"shape for {shape.n} examples of {shape.responses} responses, but found {found}")
     shortest = min(len(one.prompt_ids) for one in examples)
     if shape.prompt >= shortest:
-        raise ValueError(
-            f"{shape.prompt} shared prompt tokens, but a prompt has {shortest}, the last not shared"
-        )
+        raise ValueError(f"{shape.prompt} shared prompt tokens, but a prompt has {shortest}, the last not shared")
 
 
-def _shelves(
-    examples: Sequence[Tokenized], shape: Shape
-) -> tuple[tuple[Shelf, ...], dict[tuple[int, int], int]]:
+def _shelves(examples: Sequence[Tokenized], shape: Shape) -> tuple[tuple[Shelf, ...], dict[tuple[int, int], int]]:
     """Response rows ranked by length, B to a shelf; and where the row of each (b, k) starts to be scored.
 
     A row is what the prompt has beyond P and the response without its last token. Its first scored
@@ -131,9 +127,7 @@ def _scored(
     return scored, targets, place
 
 
-def _reference(
-    examples: Sequence[Tokenized], shape: Shape, known: Sequence[Sequence[np.ndarray]]
-) -> np.ndarray:
+def _reference(examples: Sequence[Tokenized], shape: Shape, known: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """(B, K, L) float32, 0 off the responses."""
     out = np.zeros((shape.n, shape.responses, shape.rows[0]), np.float32)
     for b, (example, logps) in enumerate(zip(examples, known, strict=True)):

@@ -103,9 +103,7 @@ class Splitter:
         for at in range(len(rows) - 1, -1, -1):
             left = int(room[at])
             options = [
-                (costs[at] + (cost[at + size] if size < left else 0.0), -size)
-                for size, costs in tried
-                if size <= left
+                (costs[at] + (cost[at + size] if size < left else 0.0), -size) for size, costs in tried if size <= left
             ]
             cost[at], taken = min(options)
             best[at] = -taken

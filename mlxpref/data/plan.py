@@ -119,9 +119,7 @@ def _check_sizes(**sizes: int) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
-def _batches(
-    one_epoch: Callable[[int], list[list[int]]], iters: int | None, epochs: float
-) -> list[list[int]]:
+def _batches(one_epoch: Callable[[int], list[list[int]]], iters: int | None, epochs: float) -> list[list[int]]:
     """Batches of as many epochs as asked for; whole epochs follow one another, the last may be cut."""
     if iters is not None and iters < 0:
         raise ConfigError(f"iters is {iters}; it must be at least 0")
@@ -155,9 +153,7 @@ def _plan(
     return _summary(rows, splitter, steps)
 
 
-def _split_all(
-    splitter: Splitter, batches: list[list[int]], limit: int, max_shapes: int
-) -> list[list[PlannedPart]]:
+def _split_all(splitter: Splitter, batches: list[list[int]], limit: int, max_shapes: int) -> list[list[PlannedPart]]:
     """Parts of every batch. Only shapes of one (B, K) merge, so these kinds must leave room: where a
     fine choice of B makes too many kinds, a coarser one is taken."""
     for coarse in range(3):
@@ -173,9 +169,7 @@ def _split_all(
     return parts
 
 
-def _summary(
-    rows: Sequence[Tokenized], splitter: Splitter, steps: tuple[tuple[PlannedPart, ...], ...]
-) -> Plan:
+def _summary(rows: Sequence[Tokenized], splitter: Splitter, steps: tuple[tuple[PlannedPart, ...], ...]) -> Plan:
     used: Counter[Shape] = Counter()
     seen = tokens = filled = 0
     epochs = []

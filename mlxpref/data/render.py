@@ -65,9 +65,7 @@ def _check_files(folder: Path) -> None:
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     found = [folder / name for name in known if (folder / name).is_file()]
     if not found and not any(folder.glob("*.tiktoken")):
-        raise ModelError(
-            f"{folder}: no tokenizer (looked for {', '.join(known)}); copy the model's files there"
-        )
+        raise ModelError(f"{folder}: no tokenizer (looked for {', '.join(known)}); copy the model's files there")
     for file in found:
         if file.suffix == ".json":
             try:
@@ -100,9 +98,7 @@ def render_turn(prompt: Prompt, response: str, tokenizer: Any, *, tools: Any = N
     if not tokenizer.chat_template:
         return render_prompt(prompt, tokenizer) + response
     turns = (*prompt, Message("assistant", response))
-    return _apply(turns, tokenizer, tools, add_generation_prompt=False).removesuffix(
-        turn_end(tokenizer).after
-    )
+    return _apply(turns, tokenizer, tools, add_generation_prompt=False).removesuffix(turn_end(tokenizer).after)
 
 
 def _apply(turns: Prompt, tokenizer: Any, tools: Any, *, add_generation_prompt: bool) -> str:
@@ -141,11 +137,11 @@ def turn_end(tokenizer: Any) -> TurnEnd:
     Raises:
         ModelError: neither.
     """
-    return _turn_end(tokenizer, tokenizer.chat_template)
+    return _turn_end(tokenizer, str(tokenizer.chat_template or ""))
 
 
 @lru_cache(maxsize=8)
-def _turn_end(tokenizer: Any, chat_template: str | None) -> TurnEnd:
+def _turn_end(tokenizer: Any, chat_template: str) -> TurnEnd:
     after = ""
     if chat_template:
         turns = (Message("user", "a question"), Message("assistant", _MARK))
@@ -158,9 +154,7 @@ def _turn_end(tokenizer: Any, chat_template: str | None) -> TurnEnd:
         token = tokenizer.convert_tokens_to_ids(found.group())
         return TurnEnd(token, True, after[found.end() :])
     if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no token that ends a turn; set eos_token in tokenizer_config.json"
-        )
+        raise ModelError("the tokenizer has no token that ends a turn; set eos_token in tokenizer_config.json")
     return TurnEnd(tokenizer.eos_token_id, False, after)
 
 

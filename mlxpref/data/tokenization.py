@@ -14,6 +14,7 @@ are counted under a note.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -32,6 +33,11 @@ Truncation = Literal["cut", "drop"]
 
 _AT_ONCE = 256
 """Examples whose texts are encoded in one call."""
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+_NUMBERS = 32
+"""Tokens by which two goals in the same words may differ; rows shorter by that need no closer look."""
 
 NO_PREFIX = "the template rewrites a finished turn; the prompt is the longest common prefix"
 PROMPT_CUT = "prompt cut to fit max_length"
@@ -189,9 +195,7 @@ class _Reader:
         self.encoder.prefetch(wanted)
         return found
 
-    def read(
-        self, example: Conditioned, limits: _Limits, texts: _Texts | Dropped | None = None
-    ) -> Tokenized | Dropped:
+    def read(self, example: Conditioned, limits: _Limits, texts: _Texts | Dropped | None = None) -> Tokenized | Dropped:
         where = example.example_id
         texts = texts or self._texts(example, example.prompt)
         if isinstance(texts, Dropped):
@@ -201,18 +205,13 @@ class _Reader:
             return Dropped("prompt encodes to no token", where)
         if not all(map(len, ids.responses)):
             return Dropped("response encodes to no token", where)
-        whole = ids
-        if len(ids.prompt) + ids.longest > limits.length:
-            if limits.truncation == "drop":
-                return Dropped("longer than max_length", where)
-            cut = self._cut_prompt(example, ids, limits)
+        fitted = ids
+        if len(ids.prompt) + ids.longest > limits.length - _NUMBERS:
+            cut = self._fit(example, ids, limits)
             if isinstance(cut, Dropped):
                 return cut
-            ids = cut
-        room = limits.length - len(ids.prompt)
-        if room < 1:
-            return Dropped("prompt longer than max_length even when cut", where)
-        return self._row(example, texts, whole, _Ids(ids.prompt, [r[:room] for r in ids.responses]))
+            fitted = cut
+        return self._row(example, texts, ids, fitted)
 
     def _texts(self, example: Conditioned, prompt: Prompt) -> _Texts | Dropped:
         tools = example.extras.get("tools")
@@ -245,20 +244,39 @@ class _Reader:
             ids = ids[: len(ids) - 1 - ids[::-1].index(self.end.token)]
         return [*ids, self.end.token] if ids else []
 
-    def _cut_prompt(self, example: Conditioned, ids: _Ids, limits: _Limits) -> _Ids | Dropped:
-        """Tokens with the prompt cut as far as the responses ask for, but not below its own limit."""
-        target = max(limits.prompt, limits.length - ids.longest)
-        if len(ids.prompt) <= target:
-            return ids
-        tools = example.extras.get("tools")
-
-        def fits(prompt: Prompt) -> bool:
-            return (
-                len(_prompt_ids(self.encoder, render_prompt(prompt, self.tokenizer, tools=tools))) <= target
+    def _fit(self, example: Conditioned, ids: _Ids, limits: _Limits) -> _Ids | Dropped:
+        """Tokens within the limits: the prompt cut as far as the responses ask for but not below its own
+        limit, then the responses' tails."""
+        longest = ids.longest
+        counted = max(self._counted(example, example.prompt), len(ids.prompt))
+        if counted + longest > limits.length and limits.truncation == "drop":
+            return Dropped("longer than max_length", example.example_id)
+        target = max(limits.prompt, limits.length - longest)
+        if counted > target:
+            prompt = cut_prompt(
+                example.prompt, example.goal_text, lambda prompt: self._counted(example, prompt) <= target
             )
+            texts = self._texts(example, prompt)
+            if isinstance(texts, Dropped):
+                return texts
+            ids = self._ids(texts)
+            counted = max(self._counted(example, prompt), len(ids.prompt))
+        room = limits.length - counted
+        if room < 1:
+            return Dropped("prompt longer than max_length even when cut", example.example_id)
+        return _Ids(ids.prompt, [response[:room] for response in ids.responses])
 
-        texts = self._texts(example, cut_prompt(example.prompt, example.goal_text, fits))
-        return texts if isinstance(texts, Dropped) else self._ids(texts)
+    def _counted(self, example: Conditioned, prompt: Prompt) -> int:
+        """Tokens of a prompt as if every goal were equally long to write, so that both halves of a
+        source are cut at the same place and still differ in nothing but the number."""
+        goal = example.goal_text
+        if goal is not None:
+            at = next((at for at, message in enumerate(prompt) if goal in message.content), None)
+            if at is not None:
+                content = prompt[at].content.replace(goal, _NUMBER.sub("0000", goal), 1)
+                prompt = (*prompt[:at], replace(prompt[at], content=content), *prompt[at + 1 :])
+        text = render_prompt(prompt, self.tokenizer, tools=example.extras.get("tools"))
+        return len(_prompt_ids(self.encoder, text))
 
     def _row(self, example: Conditioned, texts: _Texts, whole: _Ids, kept: _Ids) -> Tokenized | Dropped:
         if all(ids == kept.responses[0] for ids in kept.responses):
@@ -273,9 +291,7 @@ class _Reader:
             goal=example.goal,
             half=example.half,
             prompt_cut=len(whole.prompt) - len(kept.prompt),
-            response_cut=tuple(
-                len(full) - len(ids) for full, ids in zip(whole.responses, kept.responses, strict=True)
-            ),
+            response_cut=tuple(len(full) - len(ids) for full, ids in zip(whole.responses, kept.responses, strict=True)),
             extras=_numbers(example),
         )
 
@@ -305,8 +321,7 @@ def _numbers(example: Conditioned) -> Mapping[str, Any]:
     return {
         name: value
         for name, value in {**example.extras, **example.attributes}.items()
-        if _is_number(value)
-        or (isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_number, value)))
+        if _is_number(value) or (isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_number, value)))
     }
 
 
@@ -330,9 +345,7 @@ def _one_type_a_column(rows: list[Tokenized]) -> list[Tokenized]:
         return tuple(map(float, value)) if isinstance(value, list | tuple) else float(value)
 
     return [
-        replace(row, extras={name: alike(name, value) for name, value in row.extras.items()})
-        if row.extras
-        else row
+        replace(row, extras={name: alike(name, value) for name, value in row.extras.items()}) if row.extras else row
         for row in rows
     ]
 

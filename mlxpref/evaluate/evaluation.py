@@ -173,9 +173,7 @@ def _prepare(
     return views, tokens, counts
 
 
-def _tokenize_views(
-    views: Sequence[View], tokenizer: Any, lengths: Mapping[str, Any]
-) -> list[Tokenized] | Dropped:
+def _tokenize_views(views: Sequence[View], tokenizer: Any, lengths: Mapping[str, Any]) -> list[Tokenized] | Dropped:
     rows = []
     for view in views:
         row = tokenize(view.row, tokenizer, **lengths)
@@ -209,9 +207,7 @@ def _judge(row: EvaluatedRow) -> Judged:
         return np.array([values.sum(dtype=np.float64) for values in logps])[back]
 
     lengths = np.array([len(ids) for ids in row.tokens.response_ids])[back]
-    return Judged(
-        row.view.source, row.view.pairs, sums(row.policy), sums(row.reference), lengths, row.view.own
-    )
+    return Judged(row.view.source, row.view.pairs, sums(row.policy), sums(row.reference), lengths, row.view.own)
 
 
 def _median_chosen(roles: Sequence[Roles]) -> float | None:
@@ -223,9 +219,11 @@ def _default_edges(roles: Sequence[Roles], recipe: Recipe | None) -> tuple[float
     scores = [score for role in roles for score in role.scores or ()]
     if not scores:
         return ()
-    declared = recipe.score_range if recipe is not None else None
+    declared = None
+    if recipe is not None:
+        declared = recipe.score_range or (recipe.goal_range if recipe.mapping.kind == "identity" else None)
     low, high = declared or (min(scores), max(scores))
-    return tuple(float(f"{(high - low) / 9 * points:.3g}") for points in (1, 2, 4))
+    return tuple(float(f"{(high - low) / 9 * points:.2g}") for points in (1, 2, 4))
 
 
 def _cut(rows: Sequence[Tokenized]) -> dict[str, int]:

@@ -149,9 +149,7 @@ def _by_gap(rows: Sequence[Judged], roles: Sequence[Roles], edges: Sequence[floa
     ]
 
 
-def _changes(
-    rows: Sequence[Judged], roles: Sequence[Roles], high_score: float | None
-) -> dict[str, dict[str, Any]]:
+def _changes(rows: Sequence[Judged], roles: Sequence[Roles], high_score: float | None) -> dict[str, dict[str, Any]]:
     """How much more probable the policy makes the responses than the reference does.
 
     Each is the mean over responses of the log-ratio (``sum``) and of log-ratio / tokens

@@ -62,9 +62,7 @@ def views_of(source: int, example: Scored, recipe: Recipe | None) -> tuple[View,
         top = _conditioned_view("top", source, example, _at_top(example, recipe), recipe)
     except DataError as error:
         return Dropped(str(error), example.example_id)
-    conditioned = [
-        _conditioned_view(row.half, source, example, row, recipe) for row in halves if row.half is not None
-    ]
+    conditioned = [_conditioned_view(row.half, source, example, row, recipe) for row in halves if row.half is not None]
     return tuple(view for view in (*conditioned, top, plain) if view.pairs)
 
 
@@ -80,10 +78,7 @@ def _view(
 ) -> View:  # fmt: skip
     places = range(len(example.responses))
     pairs = tuple(
-        (i, j)
-        for i in places
-        for j in places
-        if liking[i] > liking[j] and example.responses[i] != example.responses[j]
+        (i, j) for i in places for j in places if liking[i] > liking[j] and example.responses[i] != example.responses[j]
     )
     return View(name, source, row, _order(example, row), pairs, own)
 
