@@ -60,10 +60,14 @@ Example:
 )
 @click.option("--no-adapter", is_flag=True, help="Ask the base model instead of the adapter.")
 @click.option("--compare-base", is_flag=True, help="Ask both, and show the answers together.")
-@click.option("--temperature", "--temp", type=float, default=0.0, show_default=True)
-@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option(
+    "--temperature", "--temp", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+)
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Sample within this share of the probability."
+)
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens of an answer.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Prompts computed together.")
 @click.option("--show-prompt", is_flag=True, help="Show the text the model reads before each answer.")
 @click.option(

@@ -49,7 +49,11 @@ def policy_options(command: F) -> F:
                 help="Model folder or hub id. With an adapter: its base, where that has moved.",
             ),
             click.option("--revision", help="Branch, tag or commit of a model on the hub."),
-            click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"])),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "float16", "bfloat16"]),
+                help="Of unquantised weights; the checkpoint's own by default (float32 on CPU).",
+            ),
             click.option(
                 "--recipe",
                 "recipe_path",

@@ -41,7 +41,13 @@ RECIPE_OPTIONS = (
     "--out", type=click.Path(path_type=Path), help="Folder to write; without it only look (--preview)."
 )
 @click.option("--overwrite", is_flag=True, help="Replace relabelled data that --out holds already.")
-@click.option("--file-format", type=click.Choice(["jsonl", "parquet"]), default="jsonl", show_default=True)
+@click.option(
+    "--file-format",
+    type=click.Choice(["jsonl", "parquet"]),
+    default="jsonl",
+    show_default=True,
+    help="Of the files written.",
+)
 @click.option(
     "--preview", type=click.IntRange(0), default=0, metavar="N", help="Print the exact text of N rows."
 )
@@ -102,7 +108,11 @@ RECIPE_OPTIONS = (
     "--attributes", metavar="NAME,…", help="Ask for these scores together ('overall' is the score itself)."
 )
 @click.option(
-    "--halves", type=click.Choice(["both", "chosen", "rejected"]), default="both", show_default=True
+    "--halves",
+    type=click.Choice(["both", "chosen", "rejected"]),
+    default="both",
+    show_default=True,
+    help="Ask for whose score: the best response's, another's, or each in a row of its own.",
 )
 @click.option(
     "--ties",
