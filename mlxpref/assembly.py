@@ -47,7 +47,7 @@ class Split:
     @property
     def visited(self) -> int:
         """Rows the plan visits."""
-        return sum(len(part.rows) for step in self.plan.steps for part in step)
+        return len(_visited(self.plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +118,7 @@ class Assembly:
     def _data(self) -> Prepared:
         data = prepare(self.config)
         rows = (*data.train, *data.valid)
-        there = {"reference"} | set.intersection(*(set(row.extras) for row in rows))
-        if all(row.scores is not None for row in rows):
-            there.add("scores")
-        self.objective.check_columns(there)
+        self.objective.check_columns({"reference"} | _columns_of(rows))
         return data
 
     def _eval_every(self, data: Prepared) -> int:
@@ -216,7 +213,7 @@ class Assembly:
     def _references(
         self, data: Prepared, policy: Any, plan: Plan, eval_every: int
     ) -> tuple[dict[str, Split], ReferenceCounts | None]:
-        """Both splits with their reference log-probs, from one store."""
+        """Both splits with the reference log-probs of the rows they visit, from one store."""
         plans = {"train": plan}
         if eval_every:
             plans["valid"] = self._plan_evaluation(data.valid, policy)
@@ -227,25 +224,26 @@ class Assembly:
         store = ReferenceStore(Path(folder) if folder else default_store_folder(), policy.fingerprint)
         for text in store.said:
             self.listeners.on_note(f"warning: {text}")
+        wanted = [(name, index) for name, plan in plans.items() for index in _visited(plan)]
         logps, counts = reference_logps(
-            [row for name in plans for row in rows[name]],
+            [rows[name][index] for name, index in wanted],
             self.machine,
             policy,
             store,
             micro_batch_tokens=self.config.batching.micro_batch_tokens,
             on_progress=lambda done, total: self.listeners.on_progress("reference", done, total),
         )
-        splits, start = {}, 0
-        for name in plans:
-            splits[name] = Split(rows[name], plans[name], logps[start : start + len(rows[name])])
-            start += len(rows[name])
-        return splits, counts
+        found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in rows[name]] for name in plans}
+        for (name, index), row in zip(wanted, logps, strict=True):
+            found[name][index] = row
+        return {name: Split(rows[name], plans[name], found[name]) for name in plans}, counts
 
     # --- what the loop calls ---
 
     def _work(self, policy: Any, step: Any, splits: Mapping[str, Split], facts: Mapping[str, Any]) -> Work:
         objective, machine = self.objective, self.machine
-        train_split, columns = splits["train"], objective.reads
+        train_split = splits["train"]
+        columns = objective.reads & (objective.needs | _columns_of([r for s in splits.values() for r in s.rows]))
 
         def save_adapter(folder: Path, done: int) -> None:
             machine.save_adapter(policy, folder, extra=adapter_facts(facts, done))
@@ -273,6 +271,17 @@ class Assembly:
             metrics=lambda batch, report: _metrics(train_split.rows, [(batch, report)], objective),
             memory=machine.memory,
         )
+
+
+def _columns_of(rows: Sequence[Tokenized]) -> set[str]:
+    """Columns that every row has."""
+    there = set.intersection(*(set(row.extras) for row in rows))
+    return there | {"scores"} if all(row.scores is not None for row in rows) else there
+
+
+def _visited(plan: Plan) -> list[int]:
+    """Rows a plan visits at least once: a short run on much data needs the reference of no others."""
+    return sorted({row for step in plan.steps for part in step for row in part.rows})
 
 
 def _metrics(rows: Sequence[Tokenized], seen: Seen, objective: Objective) -> dict[str, float]:
