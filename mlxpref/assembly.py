@@ -137,16 +137,19 @@ class Assembly:
     def _policy(self) -> Any:
         model, adapter, training = self.config.model, self.config.adapter, self.config.training
         lora = adapter.lora_parameters
+        new = {} if adapter.init_from is not None else {
+            "fine_tune_type": adapter.fine_tune_type,
+            "num_layers": adapter.num_layers,
+            "lora_parameters": None if lora is None else lora.arguments(),
+        }  # fmt: skip
         return self.machine.load_policy(
             model.path,
             revision=model.revision,
             dtype=model.dtype,
-            fine_tune_type=adapter.fine_tune_type,
-            num_layers=adapter.num_layers,
-            lora_parameters=None if lora is None else lora.arguments(),
             init_from=adapter.init_from,
             grad_checkpoint=training.grad_checkpoint,
             seed=training.seed,
+            **new,
         )
 
     def _plan(self, rows: Sequence[Tokenized], policy: Any) -> Plan:

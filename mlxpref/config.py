@@ -175,17 +175,21 @@ class LoraParameters(Section):
 
 
 class AdapterSection(Section):
-    fine_tune_type: Literal["lora", "dora", "full"] = "lora"
-    num_layers: Annotated[Whole, Field(ge=-1)] = 16
+    """A new adapter, or with ``init_from`` one that brings its own type, layers and parameters."""
+
+    fine_tune_type: Literal["lora", "dora", "full"] | None = None
+    num_layers: Annotated[Whole, Field(ge=-1)] | None = None
     lora_parameters: LoraParameters | None = None
     init_from: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _default_lora(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("fine_tune_type") == "full":
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("init_from") is not None:
             return data
-        return {**data, "lora_parameters": data.get("lora_parameters") or {}}
+        found = {key: value for key, value in data.items() if value is not None}
+        filled = {"fine_tune_type": "lora", "num_layers": 16, **found}
+        return filled if filled["fine_tune_type"] == "full" else {"lora_parameters": {}, **filled}
 
 
 class ScheduleSection(Section):
@@ -310,6 +314,10 @@ def _data_contradictions(data: DataSection) -> Iterator[str]:
 
 def _adapter_contradictions(adapter: AdapterSection) -> Iterator[str]:
     lora = adapter.lora_parameters
+    if adapter.init_from is not None:
+        for key in ("fine_tune_type", "num_layers", "lora_parameters"):
+            if getattr(adapter, key) is not None:
+                yield f"adapter.{key} with init_from: an adapter brings its own; leave it out"
     if adapter.fine_tune_type == "full" and lora is not None:
         yield "adapter.lora_parameters with fine_tune_type full: full fine-tuning has no LoRA; leave them out"
     if adapter.num_layers == 0:

@@ -25,6 +25,11 @@ ALTERNATIVES = (
 )
 """Keys of which one is meant: a later layer that sets one takes the others of its group away."""
 
+REPLACED: Mapping[str, tuple[str, ...]] = {
+    "adapter.init_from": ("adapter.fine_tune_type", "adapter.num_layers", "adapter.lora_parameters"),
+}
+"""Keys that take others of earlier layers away: an adapter to start from brings its own settings."""
+
 OTHER_NAMES: Mapping[str, str] = {
     "lr": "optimizer.learning_rate",
     "max_seq_length": "tokenization.max_length",
@@ -142,6 +147,9 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         if key in group and value is not None:
             for other in group:
                 _remove(values, other.split("."))
+    if value is not None:
+        for other in REPLACED.get(key, ()):
+            _remove(values, other.split("."))
     *parents, last = key.split(".")
     place: Any = values
     for depth, name in enumerate(parents):

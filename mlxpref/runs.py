@@ -246,7 +246,7 @@ def _folder_aside(folder: Path) -> Iterator[Path]:
         os.rename(aside, folder)
         _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, ValueError) as error:  # array libraries raise RuntimeError on a full disk
+    except (OSError, RuntimeError, ValueError, RunError) as error:  # array libraries raise RuntimeError
         raise _refused(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -254,7 +254,8 @@ def _folder_aside(folder: Path) -> Iterator[Path]:
 
 def _refused(path: Path, error: Exception) -> RunError:
     free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
-    why = getattr(error, "strerror", None) or error
+    cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ else error
+    why = getattr(cause, "strerror", None) or cause
     return RunError(
         f"cannot write {path}: {why} ({free / 1e9:.2f} GB free there). Nothing was left under that name and "
         "earlier checkpoints are whole; free some space and go on with --resume"

@@ -115,6 +115,7 @@ def test_a_wrong_source_in_a_list_is_named_by_its_place() -> None:
         (["adapter={fine_tune_type: full, lora_parameters: {rank: 4}}"], "full fine-tuning"),
         (["adapter.lora_parameters={scale: 1, alpha: 1}"], "keep one"),
         (["adapter.num_layers=0"], "-1 for all"),
+        (["adapter={init_from: a, num_layers: 4}"], "adapter.num_layers with init_from"),
         (["tokenization={max_length: 64, max_prompt_length: 64}"], "no room"),
         (["data={source: [a, b], format: trl}"], "data.format"),
     ],
@@ -142,6 +143,8 @@ def test_a_later_layer_replaces_the_alternative_of_an_earlier_one() -> None:
     """--iters over a file's epochs must not become a contradiction the user did not write."""
     config = load("training.iters=5", training={"epochs": 2})
     assert (config.training.iters, config.training.epochs) == (5, None)
+    adapter = load("adapter.init_from=run", adapter={"num_layers": 4, "lora_parameters": {"rank": 4}}).adapter
+    assert (adapter.num_layers, adapter.lora_parameters) == (None, None)
     config = load("data.valid_fraction=0.1", data={"source": "d", "valid": "v"})
     assert (config.data.valid, config.data.valid_fraction) == (None, 0.1)
 
@@ -179,6 +182,7 @@ def test_overrides_do_not_write_into_the_given_base() -> None:
         {},
         {"adapter": {"fine_tune_type": "full"}},
         {"adapter": {"lora_parameters": {"alpha": 16}}},
+        {"adapter": {"init_from": "run"}},
         {"data": {"source": ["a", {"path": "b", "weight": 0.5}]}},
         {"objective": [{"name": "dpo", "beta": "1e-2"}, {"name": "sft", "weight": 0.1}], "relabel": {}},
         {"training": {"iters": 3}, "optimizer": {"schedule": {"name": "cosine", "warmup_ratio": 0.1}}},

@@ -33,9 +33,12 @@ EVAL_FIGURES = (
     ("loss", "eval_loss", ".4f"),
     ("acc", "eval_rewards/accuracies", ".2f"),
     ("margin", "eval_rewards/margins", ".4f"),
-    ("acc when the chosen's score is asked for", "eval_chosen_half/rewards/accuracies", ".2f"),
-    ("the rejected's", "eval_rejected_half/rewards/accuracies", ".2f"),
+    ("chosen half acc", "eval_chosen_half/rewards/accuracies", ".2f"),
+    ("rejected half acc", "eval_rejected_half/rewards/accuracies", ".2f"),
 )
+
+LIVE_FIGURES = tuple(figure for figure in FIGURES if figure[0] != "lr")
+"""What fits beside a bar in 80 columns."""
 
 
 def figures(metrics: Mapping[str, Any], shown: tuple[tuple[str, str, str], ...] = FIGURES) -> str:
@@ -104,7 +107,7 @@ class TrainDisplay(TrainCallback):
 
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=6),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console.console(),
@@ -121,7 +124,7 @@ class TrainDisplay(TrainCallback):
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._bar is not None:
-            shown = f"{figures(metrics)}  left {self._left(step)}"
+            shown = f"left {self._left(step)}  {figures(metrics, LIVE_FIGURES)}"
             self._bar.update(self._task, description="train", completed=step, figures=shown)
 
     def on_report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -137,7 +140,7 @@ class TrainDisplay(TrainCallback):
 
     def _line(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(text)
+            self._bar.console.print(text, soft_wrap=True)
         else:
             console.say(text)
             sys.stdout.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxpref.errors import AdapterError, raise_all
+from mlxpref.files import write_text, written_aside
 from mlxpref.mlx_backend.policy import Policy, load_policy
 
 WEIGHTS = "adapters.safetensors"
@@ -26,12 +26,8 @@ def save_adapter(policy: Policy, folder: Path, *, extra: Mapping[str, Any]) -> N
         folder: made if missing.
         extra: JSON-safe facts kept under the key ``mlxpref`` (objective, conditioning recipe, …).
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = policy.to_save()
     mx.eval(weights)
-    temporary = folder / f".{WEIGHTS}"
-    mx.save_safetensors(str(temporary), weights, {"format": "mlx"})
-    _sync(temporary)
     config = {
         "fine_tune_type": policy.fine_tune_type,
         "model": str(policy.path),
@@ -39,16 +35,15 @@ def save_adapter(policy: Policy, folder: Path, *, extra: Mapping[str, Any]) -> N
         "lora_parameters": policy.lora_parameters,
         "mlxpref": {**extra, "base_fingerprint": policy.base_fingerprint},
     }
-    aside = folder / f".{CONFIG}"
-    aside.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(aside)
-    os.replace(temporary, folder / WEIGHTS)
-    os.replace(aside, folder / CONFIG)
+    write_safetensors(folder / WEIGHTS, weights, {"format": "mlx"})
+    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    """Arrays in a file that appears under its name whole or not at all; RunError when the disk is full."""
+    ordered = {name: arrays[name] for name in sorted(arrays)}  # equal contents are equal bytes
+    with written_aside(path) as aside, aside.open("wb") as stream:
+        mx.save_safetensors(stream, ordered, metadata or {})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

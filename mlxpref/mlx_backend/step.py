@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlxpref.errors import RunError
+from mlxpref.mlx_backend.adapter import write_safetensors
 from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
 from mlxpref.mlx_backend.memory import memory, trim_cache
 from mlxpref.mlx_backend.optimizers import make_optimizer
@@ -100,7 +101,7 @@ class Step:
         self, masters: dict[str, mx.array], state: Any, gradients: dict[str, mx.array], rate: mx.array
     ) -> tuple[dict[str, mx.array], Any, mx.array, mx.array]:
         """Clip, update, and keep everything as it was if any gradient is not finite."""
-        norm = mx.sqrt(sum(mx.square(g).sum() for g in gradients.values()))
+        norm = mx.sqrt(sum(mx.square(gradients[name]).sum() for name in sorted(gradients)))
         if self.max_grad_norm is not None:
             factor = mx.minimum(self.max_grad_norm / mx.maximum(norm, 1e-6), 1.0)
             gradients = {name: g * factor for name, g in gradients.items()}
@@ -171,7 +172,7 @@ class Step:
         state = {f"masters.{name}": value for name, value in self.policy.masters.items()}
         state |= {f"optimizer.{name}": value for name, value in tree_flatten(self.optimizer.state)}
         state["random"] = self.random
-        mx.save_safetensors(str(folder / STATE), state)
+        write_safetensors(folder / STATE, state)
 
     def load_state(self, folder: Path) -> None:
         """Take up what ``save_state`` wrote, bit for bit.
@@ -190,7 +191,8 @@ class Step:
         names = [f"optimizer.{name}" for name, _ in tree_flatten(self.optimizer.state)]
         if missing := [name for name in names if name not in state]:
             raise RunError(f"{file}: was written by another optimizer (no {missing[0]})")
-        self.policy.set_masters(masters)
+        # In the order they had: sums over parameters, such as the gradient's norm, follow it to the last bit.
+        self.policy.set_masters({name: masters[name] for name in self.policy.masters})
         moments = iter(names)  # parameter names hold dots: take the structure from the live state
         self.optimizer.state = tree_map(lambda _: state[next(moments)], self.optimizer.state)
         self.random = state["random"]

@@ -1,0 +1,159 @@
+"""Training on MLX: what a run leaves is mlx-lm's, and stopping it changes no bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxpref.callbacks import TrainCallback
+from mlxpref.config import Config
+from mlxpref.config_layers import load_config, parse_setting
+from mlxpref.loop import TrainResult
+from mlxpref.train import train
+
+pytestmark = pytest.mark.mlx
+
+STORIES = [f"Once upon a time there was a {a} {b}." for a in ("little", "big") for b in ("girl", "cat", "dog")]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Config]:
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"Write story {i}.",
+            "chosen": STORIES[i % 6] + " The cat said hello." * (i % 3 + 1),
+            "rejected": STORIES[(i + 1) % 6],
+            "score_chosen": 9, "score_rejected": 2 + i % 5,
+        }
+        for i in range(24)
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = {
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"source": str(file), "valid_fraction": 0.2},
+        "relabel": {},
+        "tokenization": {"max_length": 512, "max_prompt_length": 400},
+        "batching": {"batch_size": 4, "max_shapes": 8},
+        "adapter": {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.1}},
+        "reference": {"store": str(tmp_path / "store")},
+        "optimizer": {"learning_rate": 1e-3, "schedule": {"name": "cosine", "warmup_steps": 1}},
+        "training": {"iters": 6, "steps_per_eval": 3, "save_every": 2, "best_metric": "eval_loss"},
+        "output": {"adapter_path": str(tmp_path / "run")},
+    }
+
+    def make(*settings: str) -> Config:
+        return load_config(base=base, overrides=[parse_setting(text) for text in settings])
+
+    return make
+
+
+class StopAt(TrainCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, step: int, metrics: Any) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def run(config: Config, *, resume: bool = False, stop: int | None = None) -> TrainResult:
+    return train(config, resume=resume, callbacks=[StopAt(stop)] if stop else [])
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["optimizer.name=muon"], ["adapter.fine_tune_type=dora", "training.grad_checkpoint=true"]],
+    ids=["adamw", "muon", "dora"],
+)
+def test_resumed_equals_uninterrupted_byte_for_byte(
+    configure: Any, tmp_path: Path, settings: list[str]
+) -> None:
+    """Dropout is on: forgotten random state, moments or float32 masters would show."""
+    whole = run(configure(*settings, f"output.adapter_path={tmp_path / 'whole'}"))
+    stopped = run(configure(*settings), stop=3)
+    assert stopped.interrupted == signal.SIGINT and stopped.step == 3
+    resumed = run(configure(*settings), resume=True)
+    assert adapter(resumed.folder) == adapter(whole.folder)
+    assert adapter(resumed.folder / "best") == adapter(whole.folder / "best")
+    assert resumed.best_value == whole.best_value
+
+
+def test_full_fine_tuning_resumes_too(configure: Any, tmp_path: Path) -> None:
+    settings = ["adapter={fine_tune_type: full, num_layers: 1}", "optimizer.learning_rate=1e-4"]
+    whole = run(configure(*settings, f"output.adapter_path={tmp_path / 'whole'}"))
+    run(configure(*settings), stop=4)
+    assert adapter(run(configure(*settings), resume=True).folder) == adapter(whole.folder)
+
+
+def test_the_first_loss_of_dpo_is_log_2_and_the_adapter_loads_in_mlx_lm(configure: Any) -> None:
+    from mlx_lm import generate, load
+
+    result = run(configure())
+    first = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.69314718, abs=1e-6)
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    model, tokenizer = load(config["model"], adapter_path=str(result.folder))
+    assert isinstance(generate(model, tokenizer, prompt="Write", max_tokens=3), str)
+
+
+def test_starting_from_an_adapter_takes_it_as_reference(configure: Any, tmp_path: Path) -> None:
+    first = run(configure("adapter.lora_parameters.dropout=0"))
+    second = run(
+        configure(f"adapter.init_from={first.folder}", f"output.adapter_path={tmp_path / 'second'}")
+    )
+    losses = [json.loads(line)["loss"] for line in (second.folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(0.69314718, abs=2e-6)
+
+
+def test_reports_reach_mlx_lms_callbacks(
+    configure: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mlx_lm.tuner import callbacks as of_mlx_lm
+
+    sent: list[tuple[str, dict[str, Any]]] = []
+
+    class Service:
+        def __init__(self, project_name: str, log_dir: str, config: Any, wrapped_callback: Any) -> None:
+            sent.append(("opened", {"project": project_name, "log_dir": log_dir}))
+
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            sent.append(("train", info))
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None:
+            sent.append(("valid", info))
+
+    monkeypatch.setitem(of_mlx_lm.SUPPORT_CALLBACK, "wandb", Service)
+    monkeypatch.setattr(of_mlx_lm, "wandb", object())
+    run(configure("output={report_to: wandb, project: stories}", f"output.adapter_path={tmp_path / 'run'}",
+                  "training.steps_per_report=2"))  # fmt: skip
+    assert sent[0] == ("opened", {"project": "stories", "log_dir": str(tmp_path / "run")})
+    trained = [info for name, info in sent if name == "train"]
+    assert [info["iteration"] for info in trained] == [2, 4, 6]
+    assert trained[0]["train_loss"] > 0 and "rewards/margins" in trained[0]
+    assert [info["val_loss"] > 0 for name, info in sent if name == "valid"] == [True, True]
+
+
+def test_a_service_that_is_not_installed_is_said_before_anything_loads(configure: Any, tmp_path: Path) -> None:
+    from mlxpref.errors import UsageError
+
+    if importlib.util.find_spec("swanlab") is not None:
+        pytest.skip("swanlab is installed")
+    with pytest.raises(UsageError, match="pip install swanlab"):
+        run(configure("output.report_to=swanlab"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_socket_is_opened(configure: Any, no_sockets: list[str]) -> None:
+    run(configure())
