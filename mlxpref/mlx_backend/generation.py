@@ -42,5 +42,17 @@ def generate(
             [list(prompt) for prompt in prompts],
             max_tokens=max_tokens,
             sampler=sampler,
+            return_token_ids=True,
         )
-    return list(result.texts)
+    return [_text(policy, ids) for ids in result.token_ids]
+
+
+def _text(policy: Policy, ids: Sequence[int]) -> str:
+    """The text of generated tokens as `mlx_lm generate` shows it (a tokenizer's ``decode`` may differ by a
+    space)."""
+    detokenizer = policy.tokenizer.detokenizer
+    detokenizer.reset()
+    for token in ids:
+        detokenizer.add_token(token)
+    detokenizer.finalize()
+    return detokenizer.text
