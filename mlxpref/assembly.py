@@ -23,7 +23,7 @@ from mlxpref.metrics import step_metrics
 from mlxpref.objectives import Objective
 from mlxpref.prepare import Prepared, prepare
 from mlxpref.records import Batch, StepReport, Tokenized
-from mlxpref.reference import ReferenceCounts, ReferenceStore, default_store_folder, reference_logps
+from mlxpref.reference import ReferenceStore, default_store_folder, reference_logps
 from mlxpref.runs import RunFolder
 from mlxpref.schedules import make_schedule, n_warmup
 
@@ -82,17 +82,18 @@ class Assembly:
             self.listeners.on_note(f"warning: {text}")
         run.begin(dump_config(config), facts)
         run.rewind(checkpoint)
-        splits, counts = self._references(data, policy, plan, eval_every)
+        done = checkpoint.step if checkpoint is not None else 0
+        lines = tuple(describe(config, self.objective, data, policy, plan, done=done))
+        self.listeners.on_start(RunStart(run.path, len(plan.steps), done, facts, lines))
+        splits = self._references(data, policy, plan, eval_every)
+        if "valid" in splits:
+            valid = splits["valid"]
+            self.listeners.on_note(f"evaluation: {valid.visited} of {len(valid.rows)} rows every {eval_every} steps")
         step = self._step(policy)
         progress = Progress()
         if checkpoint is not None:
             step.load_state(checkpoint.folder)
             progress = Progress.from_dict(checkpoint.state)
-        lines = tuple(describe(config, self.objective, data, policy, plan, counts, done=progress.step))
-        if "valid" in splits:
-            valid = splits["valid"]
-            lines += (f"evaluation: {valid.visited} of {len(valid.rows)} rows every {eval_every} steps",)
-        self.listeners.on_start(RunStart(run.path, len(plan.steps), progress.step, facts, lines))
         training = config.training
         return Loop(
             work=self._work(policy, step, splits, facts),
@@ -156,7 +157,7 @@ class Assembly:
         batching, training = self.config.batching, self.config.training
         return plan_steps(
             rows,
-            batch_size=batching.batch_size,
+            batch_size=batching.examples_per_step,
             iters=training.iters,
             epochs=training.epochs,
             micro_batch_tokens=batching.micro_batch_tokens,
@@ -176,10 +177,10 @@ class Assembly:
         """Batches like those of training: an objective may couple the examples of one."""
         batching, training = self.config.batching, self.config.training
         n = training.val_batches
-        some = 0 < n * batching.batch_size < len(rows)
+        some = 0 < n * batching.examples_per_step < len(rows)
         return plan_steps(
             rows,
-            batch_size=batching.batch_size,
+            batch_size=batching.examples_per_step,
             iters=n if some else None,
             epochs=None if some else 1.0,
             micro_batch_tokens=batching.micro_batch_tokens,
@@ -211,18 +212,20 @@ class Assembly:
             optimizer_options=dict(optimizer.options),
             weight_decay=optimizer.weight_decay,
             max_grad_norm=optimizer.max_grad_norm,
+            seed=self.config.training.seed,
         )
 
     def _references(
         self, data: Prepared, policy: Any, plan: Plan, eval_every: int
-    ) -> tuple[dict[str, Split], ReferenceCounts | None]:
+    ) -> dict[str, Split]:
         """Both splits with the reference log-probs of the rows they visit, from one store."""
         plans = {"train": plan}
         if eval_every:
             plans["valid"] = self._plan_evaluation(data.valid, policy)
         rows = {"train": data.train, "valid": data.valid}
         if "reference" not in self.objective.needs:
-            return {name: Split(rows[name], plans[name], None) for name in plans}, None
+            self.listeners.on_note("reference log-probs: not needed")
+            return {name: Split(rows[name], plans[name], None) for name in plans}
         folder = self.config.reference.store
         store = ReferenceStore(Path(folder) if folder else default_store_folder(), policy.fingerprint)
         for text in store.said:
@@ -239,7 +242,8 @@ class Assembly:
         found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in rows[name]] for name in plans}
         for (name, index), row in zip(wanted, logps, strict=True):
             found[name][index] = row
-        return {name: Split(rows[name], plans[name], found[name]) for name in plans}, counts
+        self.listeners.on_note(str(counts))
+        return {name: Split(rows[name], plans[name], found[name]) for name in plans}
 
     # --- what the loop calls ---
 
@@ -289,10 +293,14 @@ def _visited(plan: Plan) -> list[int]:
 
 def _metrics(rows: Sequence[Tokenized], seen: Seen, objective: Objective) -> dict[str, float]:
     """Metrics over all examples of some reports; lists of different K are measured apart and averaged."""
-    groups: dict[int, list[tuple[Batch, StepReport]]] = {}
-    for batch, report in seen:
-        groups.setdefault(report.policy_sums.shape[1], []).append((batch, report))
-    found = [_group_metrics(rows, group, objective) for group in groups.values()]
+    members = [[rows[index] for part in batch.rows for index in part] for batch, _ in seen]
+    sizes = [np.array([len(row.response_ids) for row in some]) for some in members]
+    found = []
+    for k in np.unique(np.concatenate(sizes)):
+        here = [size == k for size in sizes]
+        chosen = [row for some, mask in zip(members, here, strict=True) for row in np.array(some, object)[mask]]
+        reports = [(report, mask) for (_, report), mask in zip(seen, here, strict=True)]
+        found.append((_group_metrics(chosen, reports, int(k), objective), len(chosen)))
     if len(found) == 1:
         return found[0][0]
     averaged = {}
@@ -303,17 +311,17 @@ def _metrics(rows: Sequence[Tokenized], seen: Seen, objective: Objective) -> dic
 
 
 def _group_metrics(
-    rows: Sequence[Tokenized], seen: Seen, objective: Objective
-) -> tuple[dict[str, float], int]:
-    """Metrics of reports of one K, and how many examples they are of."""
+    members: Sequence[Tokenized], reports: Sequence[tuple[StepReport, np.ndarray]], k: int, objective: Objective
+) -> dict[str, float]:
+    """Metrics of those examples of some reports that have K = ``k`` responses."""
 
     def joined(name: str) -> np.ndarray:
-        return np.concatenate([np.asarray(getattr(report, name)) for _, report in seen])
+        found = [np.asarray(getattr(report, name))[mask] for report, mask in reports]
+        return np.concatenate([array if array.ndim == 1 else array[:, :k] for array in found if len(array)])
 
-    members = [rows[index] for batch, _ in seen for part in batch.rows for index in part]
-    metrics = step_metrics(
+    return step_metrics(
         joined("policy_sums"),
-        None if seen[0][1].reference_sums is None else joined("reference_sums"),
+        None if reports[0][0].reference_sums is None else joined("reference_sums"),
         joined("lengths"),
         joined("losses"),
         objective.beta,
@@ -321,4 +329,3 @@ def _group_metrics(
         weights=np.array([row.weight for row in members]),
         per_token=objective.per_token,
     )
-    return metrics, len(members)

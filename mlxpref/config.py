@@ -146,11 +146,21 @@ class TokenizationSection(Section):
 
 
 class BatchingSection(Section):
+    """One optimiser step sees ``batch_size`` x ``gradient_accumulation_steps`` examples.
+
+    How they are split for the device is ``micro_batch_tokens``' alone and changes no result.
+    """
+
     batch_size: Count = 4
+    gradient_accumulation_steps: Count = 1
     micro_batch_tokens: Count = 8192
     shuffle: bool = True
     keep_together: bool = True
     max_shapes: Annotated[Whole, Field(ge=2)] = 64
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
 
 
 class LoraParameters(Section):

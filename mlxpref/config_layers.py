@@ -47,8 +47,8 @@ OTHER_NAMES: Mapping[str, str] = {
     "metric_for_best_model": "training.best_metric",
     "loss_type": "objective.name",
     "beta": "objective.beta",
-    "grad_accumulation_steps": "batching.batch_size (a batch is split by batching.micro_batch_tokens)",
-    "gradient_accumulation_steps": "batching.batch_size (a batch is split by batching.micro_batch_tokens)",
+    "grad_accumulation_steps": "batching.gradient_accumulation_steps",
+    "gradient_accumulation_steps": "batching.gradient_accumulation_steps",
 }
 """What users of mlx-lm and TRL may write, and where it lives here."""
 

@@ -16,7 +16,6 @@ from mlxpref.data.plan import Plan
 from mlxpref.errors import RunError, raise_all
 from mlxpref.objectives import Objective
 from mlxpref.prepare import Prepared
-from mlxpref.reference import ReferenceCounts
 
 PACKAGES = (
     "mlxpref", "mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "torch", "peft",
@@ -111,6 +110,7 @@ def run_facts(
             },
             "recipe": None if data.recipe is None else data.recipe.as_dict(),
         },
+        "tokenization": config.tokenization.model_dump(mode="json"),
         "plan": {
             "steps": len(plan.steps),
             "epochs": plan.epochs[-1],
@@ -127,6 +127,7 @@ def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
         "objective": facts["objective"],
         "model": {key: facts["model"][key] for key in ("path", "revision", "fingerprint")},
         "recipe": facts["data"]["recipe"],
+        "tokenization": facts["tokenization"],
         "step": step,
         "versions": facts["starts"][0]["versions"],
     }
@@ -163,7 +164,6 @@ def describe(
     data: Prepared,
     policy: Any,
     plan: Plan,
-    counts: ReferenceCounts | None,
     *,
     done: int = 0,
 ) -> Iterator[str]:
@@ -181,7 +181,6 @@ def describe(
     how = "each prompt once for all its responses" if policy.share_prompts else "whole rows"
     yield f"way: {policy.way} ({how})"
     yield f"objective: {objective.name}"
-    yield str(counts) if counts is not None else "reference log-probs: not needed"
     if not data.valid:
         yield "no validation rows, so no evaluation: data.valid or data.valid_fraction gives some"
     yield (

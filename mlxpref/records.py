@@ -10,7 +10,7 @@ on the spine their arrays are NumPy's, in a machine room that library's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -252,8 +252,9 @@ class StepReport:
     Attributes:
         loss: mean loss of the batch (weighted by example weight).
         losses: (B,) loss of each example.
-        policy_sums, reference_sums: (B, K) log-probs before the update, nats; reference or None.
-        lengths: (B, K) response tokens.
+        policy_sums, reference_sums: (B, K) log-probs before the update, nats; reference or None. K of
+            the longest list; NaN where an example has fewer responses.
+        lengths: (B, K) response tokens; 0 there.
         grad_norm: global norm before clipping.
         skipped: the step was not finite and changed nothing.
         n_tokens: tokens that were forwarded for good (prompts once, responses), without padding.
@@ -267,6 +268,13 @@ class StepReport:
     grad_norm: float
     skipped: bool
     n_tokens: int
+
+
+def stack_lists(parts: Sequence[np.ndarray], fill: float) -> np.ndarray:
+    """Arrays (b, k) one under the other, (B, K) with the largest k; the shorter ones filled up on the right."""
+    most = max(part.shape[1] for part in parts)
+    wide = [np.pad(part, ((0, 0), (0, most - part.shape[1])), constant_values=fill) for part in parts]
+    return np.concatenate(wide)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from mlxpref.records import Batch, Logps, MicroBatch, StepReport
+from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
 
 VOCABULARY = 512
 calls = {"token_logps": 0, "evaluate": 0, "update": 0, "load_policy": 0}
@@ -167,9 +167,9 @@ def _report(batch: Batch, found: Sequence[Any], norm: float, skipped: bool) -> S
     return StepReport(
         loss=float("nan") if skipped else float(losses.mean()),
         losses=np.full_like(losses, np.nan) if skipped else losses,
-        policy_sums=np.concatenate([logps.sums for _, logps, _ in found]),
-        reference_sums=None if references is None else np.concatenate(references),
-        lengths=np.concatenate([logps.lengths for _, logps, _ in found]),
+        policy_sums=stack_lists([logps.sums for _, logps, _ in found], np.nan),
+        reference_sums=None if references is None else stack_lists(references, np.nan),
+        lengths=stack_lists([logps.lengths for _, logps, _ in found], 0.0),
         grad_norm=float("nan") if skipped else norm,
         skipped=skipped,
         n_tokens=int(sum(part.mask.sum() for part in batch.parts)),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_backend
+import numpy as np
 import pytest
 from fake_backend import calls
 
@@ -171,7 +172,7 @@ def test_what_is_said_before_the_first_step(configure: Any) -> None:
     listener = Listener()
     run(configure(), listener=listener)
     assert listener.start is not None
-    said = "\n".join(listener.start.lines)
+    said = "\n".join((*listener.start.lines, *listener.notes))
     parts = ("format", "36 kept", "trainable", "shared", "rows computed", "shapes", "padding", "12 steps")
     assert not [part for part in parts if part not in said], said
 
@@ -183,7 +184,26 @@ def test_a_second_run_computes_no_reference(configure: Any, tmp_path: Path) -> N
     run(configure(f"output.adapter_path={tmp_path / 'second'}"), listener=listener)
     assert calls["token_logps"] == before
     # 12 steps of 4 rows and 24 of validation: rows that are never visited need no reference.
-    assert listener.start is not None and any("72 reused" in line for line in listener.start.lines)
+    assert any("72 reused" in line for line in listener.notes)
+
+
+def test_lists_of_different_lengths_in_one_batch(configure: Any, tmp_path: Path) -> None:
+    """Reports are filled up to the longest list; what fills them up must reach no metric."""
+    file = tmp_path / "lists.jsonl"
+    with file.open("w") as out:
+        for i in range(24):
+            responses = [{"text": f"answer {i} {k}", "score": 1 + 2 * k} for k in range(2 + i % 3)]
+            out.write(json.dumps({"prompt": f"question {i}", "responses": responses}) + "\n")
+    result = run(configure(f"data.source={file}", "batching.batch_size=12", "batching.shuffle=true"))
+    for row in metrics(result.folder):
+        assert np.isfinite([row["rewards/margins"], row["logps/rejected"]]).all()
+
+
+def test_accumulated_batches_are_one_batch(configure: Any, tmp_path: Path) -> None:
+    """Accumulation that averages averages, or counts an update for each batch."""
+    whole = run(configure("batching.batch_size=8"))
+    two = ("batching.batch_size=4", "batching.gradient_accumulation_steps=2", f"output.adapter_path={tmp_path / 'two'}")
+    assert adapter(run(configure(*two))) == adapter(whole)
 
 
 def test_an_objective_without_reference_computes_none(configure: Any) -> None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 pytestmark = pytest.mark.mlx
 
-WORDS = "the cat dog park story little girl named Lily loved to play and said hello France Paris".split()
+WORDS = ("the", "cat", "dog", "park", "story", "little", "girl", "named", "Lily", "loved", "to", "hello", "Paris")
 TRAIN = (
     "--batch-size", "4", "--num-layers", "2", "--learning-rate", "2e-3", "--max-length", "256", "--save-every", "6",
     "--set", "training.steps_per_eval=6", "--set", "adapter.lora_parameters.dropout=0.1",
@@ -87,7 +87,8 @@ def test_what_can_be_learnt_is_learnt(tmp_path: Path, tiny_model_dir: Path) -> N
         with (tmp_path / f"{name}.jsonl").open("w") as file:
             for _ in range(n):
                 prompt = " ".join(draw.choice(WORDS) for _ in range(6))
-                row = {"prompt": prompt, "chosen": "hello " * draw.randint(2, 6), "rejected": "cat " * draw.randint(2, 6)}
+                chosen, rejected = "hello " * draw.randint(2, 6), "cat " * draw.randint(2, 6)
+                row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                 file.write(json.dumps(row) + "\n")
     run = tmp_path / "run"
     mlxpref(

@@ -33,6 +33,7 @@ FLAGS: Mapping[str, str] = {
     "iters": "training.iters",
     "epochs": "training.epochs",
     "batch_size": "batching.batch_size",
+    "grad_accumulation_steps": "batching.gradient_accumulation_steps",
     "optimizer": "optimizer.name",
     "learning_rate": "optimizer.learning_rate",
     "max_length": "tokenization.max_length",
@@ -76,7 +77,8 @@ Example:
 @click.option("--init-from", "--resume-adapter-file", help="Adapter folder to start from.")
 @click.option("--iters", metavar="N", help="Optimiser steps; or")
 @click.option("--epochs", metavar="N", help="times each example is visited.")
-@click.option("--batch-size", metavar="N", help="Examples of one optimiser step.")
+@click.option("--batch-size", metavar="N", help="Examples of one optimiser step, before accumulation.")
+@click.option("--grad-accumulation-steps", metavar="N", help="Batches added up before each update.")
 @click.option("--optimizer", help="adam, adamw, sgd, muon, adafactor or lion.")
 @click.option("--learning-rate", metavar="X", help="Highest learning rate.")
 @click.option("--max-length", "--max-seq-length", metavar="N", help="Tokens of prompt and response at most.")

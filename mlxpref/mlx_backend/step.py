@@ -20,7 +20,7 @@ from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
 from mlxpref.mlx_backend.memory import memory, trim_cache
 from mlxpref.mlx_backend.optimizers import make_optimizer
 from mlxpref.mlx_backend.policy import Policy
-from mlxpref.records import Batch, Logps, MicroBatch, StepReport
+from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
 
 STATE = "step_state.safetensors"
 
@@ -52,13 +52,15 @@ class Step:
         n_compiled: how many micro-batch shapes were traced so far.
     """
 
-    def __init__(self, policy: Policy, objective: Any, optimizer: Any, max_grad_norm: float | None):
+    def __init__(
+        self, policy: Policy, objective: Any, optimizer: Any, max_grad_norm: float | None, seed: int
+    ):
         self.policy = policy
         self.objective = objective
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self.optimizer.init(policy.masters)
-        self.random = mx.random.key(0)
+        self.random = mx.random.key(seed)
         self.n_compiled = 0
         self._step_peak = 0.0
         state = mx.random.state
@@ -214,7 +216,7 @@ def _report(batch: Batch, parts: list[_Part], norm: float, skipped: bool) -> Ste
         reference_sums=None
         if batch.parts[0].reference is None
         else _sums([mx.array(part.reference) for part in batch.parts], batch),
-        lengths=np.concatenate([np.asarray(part.mask).sum(-1) for part in batch.parts]),
+        lengths=stack_lists([np.asarray(part.mask).sum(-1) for part in batch.parts], 0.0),
         grad_norm=norm,
         skipped=skipped,
         n_tokens=int(counted),
@@ -228,7 +230,7 @@ def _sums(tokens: list[mx.array], batch: Batch) -> np.ndarray:
     the losses, breaks the fused graph ("_Map_base::at", MLX 0.32.4).
     """
     pairs = zip(tokens, batch.parts, strict=True)
-    return np.concatenate([np.array(Logps(found, mx.array(part.mask)).sums) for found, part in pairs])
+    return stack_lists([np.array(Logps(found, mx.array(part.mask)).sums) for found, part in pairs], np.nan)
 
 
 def _prompt_tokens(part: MicroBatch) -> int:
@@ -243,6 +245,7 @@ def make_step(
     optimizer_options: dict[str, Any] | None = None,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
+    seed: int = 0,
 ) -> Step:
     """The compiled update of a policy under an objective.
 
@@ -251,11 +254,13 @@ def make_step(
         objective: a resolved objective; called with the columns of each micro-batch.
         optimizer, optimizer_options, weight_decay: see ``make_optimizer``.
         max_grad_norm: global norm to clip to; None for no clipping.
+        seed: of dropout.
 
     Raises:
         ConfigError: of ``make_optimizer``.
     """
-    return Step(policy, objective, make_optimizer(optimizer, weight_decay, optimizer_options), max_grad_norm)
+    chosen = make_optimizer(optimizer, weight_decay, optimizer_options)
+    return Step(policy, objective, chosen, max_grad_norm, seed)
 
 
 def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> Logps:
