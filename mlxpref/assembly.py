@@ -23,7 +23,7 @@ from mlxpref.metrics import step_metrics
 from mlxpref.objectives import Objective
 from mlxpref.prepare import Prepared, prepare
 from mlxpref.records import Batch, StepReport, Tokenized
-from mlxpref.reference import ReferenceStore, default_store_folder, reference_logps
+from mlxpref.reference import ReferenceStore, default_store_folder, kinds_of, reference_logps
 from mlxpref.runs import RunFolder
 from mlxpref.schedules import make_schedule, n_warmup
 
@@ -165,13 +165,13 @@ class Assembly:
             shuffle=batching.shuffle,
             keep_together=batching.keep_together,
             seed=training.seed,
-            max_shapes=batching.max_shapes - self._eval_shapes,
+            max_shapes=self._shapes(2, rows),
         )
 
-    @property
-    def _eval_shapes(self) -> int:
-        """The share of the shapes that evaluation may use: it is traced besides the update."""
-        return max(1, self.config.batching.max_shapes // 4)
+    def _shapes(self, share: int, rows: Sequence[Tokenized]) -> int:
+        """``max_shapes`` covers the whole run: half for the updates, a quarter each for the reference
+        pass and for evaluation; never fewer than there are numbers of responses."""
+        return max(self.config.batching.max_shapes // share, kinds_of(rows))
 
     def _plan_evaluation(self, rows: Sequence[Tokenized], policy: Any) -> Plan:
         """Batches like those of training: an objective may couple the examples of one."""
@@ -188,7 +188,7 @@ class Assembly:
             shuffle=some,
             keep_together=batching.keep_together,
             seed=training.seed,
-            max_shapes=self._eval_shapes,
+            max_shapes=self._shapes(4, rows),
         )
 
     def _schedule(self, n_steps: int) -> Callable[[int], float]:
@@ -237,6 +237,7 @@ class Assembly:
             policy,
             store,
             micro_batch_tokens=self.config.batching.micro_batch_tokens,
+            max_shapes=self._shapes(4, [rows[name][index] for name, index in wanted]),
             on_progress=lambda done, total: self.listeners.on_progress("reference", done, total),
         )
         found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in rows[name]] for name in plans}
@@ -276,6 +277,7 @@ class Assembly:
             save=save,
             save_adapter=save_adapter,
             metrics=lambda batch, report: _metrics(train_split.rows, [(batch, report)], objective),
+            tokens=lambda batch: sum(train_split.rows[i].n_tokens for part in batch.rows for i in part),
             memory=machine.memory,
         )
 

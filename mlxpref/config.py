@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mlxpref.data.scale import MAX_DECIMALS
+
 OPTIMIZER_OPTIONS: Mapping[str, frozenset[str]] = {
     "adam": frozenset({"betas", "eps", "bias_correction"}),
     "adamw": frozenset({"betas", "eps", "bias_correction"}),
@@ -29,7 +31,9 @@ BEST_METRICS: Mapping[str, int] = {
     "eval_logps/chosen": 1,
     "eval_ranking_accuracy": 1,
     "eval_chosen_half/rewards/accuracies": 1,
+    "eval_chosen_half/rewards/margins": 1,
     "eval_rejected_half/rewards/accuracies": 1,
+    "eval_rejected_half/rewards/margins": 1,
 }
 """Metrics a best checkpoint can be chosen by, and whether more (1) or less (-1) is better."""
 
@@ -109,6 +113,7 @@ class DataSection(_SourceKeys):
 
     source: str | tuple[SourceSection, ...]
     valid: str | None = None
+    valid_split: str | None = None
     valid_fraction: Annotated[Share, Field(lt=1)] | None = None
     strict: bool = False
 
@@ -130,7 +135,7 @@ class RelabelSection(Section):
     score_range: tuple[Real, Real] | None = None
     goal_range: tuple[Real, Real] | None = None
     mapping: Literal["auto", "identity", "affine", "quantile"] = "auto"
-    number_format: Annotated[Whole, Field(ge=0, le=15)] | None = None
+    number_format: Annotated[Whole, Field(ge=0, le=MAX_DECIMALS)] | None = None
     top_goal: Real | dict[str, Real] | None = None
     attributes: tuple[str, ...] = ()
     halves: Literal["both", "chosen", "rejected"] = "both"
@@ -314,6 +319,8 @@ def contradictions(config: Config) -> Iterator[str]:
 def _data_contradictions(data: DataSection) -> Iterator[str]:
     if data.valid is not None and data.valid_fraction is not None:
         yield "data.valid and data.valid_fraction both say where validation rows come from: keep one"
+    if data.valid_split is not None and data.valid is None:
+        yield "data.valid_split names a split of data.valid: give that too (it may be data.source again)"
     if not isinstance(data.source, str):
         for key, field in _SourceKeys.model_fields.items():
             if getattr(data, key) != field.default:

@@ -18,21 +18,26 @@ from mlxpref.objectives import Objective
 from mlxpref.prepare import Prepared
 
 PACKAGES = (
-    "mlxpref", "mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "torch", "peft",
-    "transformers", "tokenizers", "datasets", "numpy",
+    "mlxpref", "mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "mkl", "numpy",
+    "transformers", "tokenizers", "datasets", "torch", "peft",
 )  # fmt: skip
-"""Packages that can change a run's numbers."""
+"""Packages that can change a run's numbers, down to the last bit."""
 
 
-def versions() -> dict[str, str]:
-    """Installed versions by package, with Python's own and the platform's name."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+def packages() -> dict[str, str]:
+    """Installed versions of :data:`PACKAGES`, in their order; those not installed are left out."""
+    found = {}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def versions() -> dict[str, str]:
+    """Python's version, the platform's name, and :func:`packages`."""
+    return {"python": platform.python_version(), "platform": platform.platform(), **packages()}
 
 
 def commit(root: Path | None = None) -> str | None:
@@ -98,6 +103,7 @@ def run_facts(
             "way": policy.way,
             "parameters": policy.n_parameters,
             "trainable": policy.n_trainable,
+            "init_from": config.adapter.init_from,
         },
         "data": {
             "fingerprint": data.fingerprint,
@@ -128,6 +134,7 @@ def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
         "model": {key: facts["model"][key] for key in ("path", "revision", "fingerprint")},
         "recipe": facts["data"]["recipe"],
         "tokenization": facts["tokenization"],
+        "init_from": facts["model"]["init_from"],
         "step": step,
         "versions": facts["starts"][0]["versions"],
     }

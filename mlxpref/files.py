@@ -1,14 +1,25 @@
-"""Files that appear under their name whole, or not at all."""
+"""Files and folders that appear under their name whole, or not at all.
+
+Both forms give a free name that begins with a dot beside the final one, and rename it once everything
+in it is on the disk. What a killed process leaves behind ends in ``.part``, or in ``.old`` if it was
+being replaced.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlxpref.errors import RunError
+
+ELSEWHERE = "free some space or choose another place"
+
+Replaceable = Callable[[Path], bool]
+"""May the folder that is there go?"""
 
 
 @contextmanager
@@ -21,18 +32,14 @@ def written_aside(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the file system refuses (full disk, no permission, a folder in the way).
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    aside = _beside(path, "part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
-        with aside.open("rb+") as stream:  # a rename may reach the disk before the bytes do
-            os.fsync(stream.fileno())
+        _sync(aside)
         os.replace(aside, path)
     except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. Nothing was left under that name; "
-            "free some space or choose another place."
-        ) from error
+        raise refused(path, error) from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -41,3 +48,68 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole text file (UTF-8, line ends as given) under its name, or raise RunError."""
     with written_aside(path) as aside:
         aside.write_bytes(text.encode("utf-8"))
+
+
+@contextmanager
+def folder_aside(folder: Path, *, replaceable: Replaceable | None = None) -> Iterator[Path]:
+    """Give an empty folder beside ``folder`` to fill; on leaving, rename it to ``folder``.
+
+    Whatever goes wrong inside, ``folder`` stays as it was and nothing is left beside it.
+
+    Raises:
+        RunError: the folder is occupied (see :func:`check_free`), or the file system refuses.
+    """
+    check_free(folder, replaceable)
+    aside, old = _beside(folder, "part"), _beside(folder, "old")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for inner in (*aside.rglob("*"), aside):
+            _sync(inner)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(aside, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise refused(folder, error) from error
+    finally:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def check_free(folder: Path, replaceable: Replaceable | None = None) -> None:
+    """RunError if the folder holds anything, unless ``replaceable`` says that this may go."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise RunError(f"{folder} is there already and is not a folder; choose another one")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if replaceable is None:
+        raise RunError(f"{folder} is not empty; choose another folder, or replace its data with --overwrite")
+    if not replaceable(folder):
+        raise RunError(f"{folder} holds something else than what would be written; it is not overwritten")
+
+
+def refused(path: Path, error: Exception, remedy: str = ELSEWHERE) -> RunError:
+    """What to raise when the disk, or a library that writes to it, said no: why, GB free, the remedy."""
+    cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ else error
+    why = getattr(cause, "strerror", None) or cause
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free / 1e9
+    return RunError(
+        f"cannot write {path}: {why} ({free:.2f} GB free there). Nothing was left under that name; {remedy}"
+    )
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{end}")
+
+
+def _sync(path: Path) -> None:
+    """To the disk now: a rename may reach it before the bytes do."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

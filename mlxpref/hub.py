@@ -18,10 +18,12 @@ def model_folder(path: str, *, revision: str | None = None, weights: bool = True
         weights: False fetches configuration and tokenizer only.
 
     Raises:
-        ModelError: neither a folder nor a reachable hub id, or a folder without config.json.
+        ModelError: neither a folder nor a reachable hub id, a folder without config.json, or a revision of one.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"{path} lies on this disk: a revision ({revision}) is for a hub id")
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder}: no config.json; a model folder holds config.json, weights and tokenizer")
         return folder

@@ -138,6 +138,7 @@ class Work:
         save: writes adapter and step state into a folder.
         save_adapter: writes the adapter alone.
         metrics: report → metrics by name.
+        tokens: of a batch: its prompts once and its responses, without padding.
         memory: GB by name.
     """
 
@@ -147,6 +148,7 @@ class Work:
     save: Callable[[Path, int], None]
     save_adapter: Callable[[Path, int], None]
     metrics: Callable[[Batch, StepReport], Mapping[str, float]]
+    tokens: Callable[[Batch], int]
     memory: Callable[[], Mapping[str, float]]
 
 
@@ -191,11 +193,11 @@ class Loop:
         rate = self.schedule(progress.step)
         batch = self.work.batch(progress.step)
         report = self.work.update(batch, rate)
-        seconds = self.clock() - started
+        seconds, n_tokens = self.clock() - started, self.work.tokens(batch)
         progress.step += 1
         progress.skipped += report.skipped
         progress.skipped_in_row = progress.skipped_in_row + 1 if report.skipped else 0
-        progress.trained_tokens += report.n_tokens
+        progress.trained_tokens += n_tokens
         self.metrics = {
             "step": progress.step,
             "epoch": round(self.epochs[progress.step - 1], 6),
@@ -204,7 +206,7 @@ class Loop:
             "grad_norm": report.grad_norm,
             "skipped_steps": progress.skipped,
             "trained_tokens": progress.trained_tokens,
-            "tokens_per_second": report.n_tokens / max(seconds, 1e-9),
+            "tokens_per_second": n_tokens / max(seconds, 1e-9),
             "step_seconds": seconds,
             **{f"{name}_memory_gb": value for name, value in self.work.memory().items()},
         }

@@ -9,19 +9,22 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from mlxpref.config import Config, RelabelSection
 from mlxpref.data.recipe import Recipe, resolve_carrier
-from mlxpref.data.relabel import fit_recipe, relabel_all, split_by_prompt, unconditioned
-from mlxpref.data.relabelled import is_relabelled, read_relabelled
-from mlxpref.data.sources import Source, SourceSpec, open_source, read_source
+from mlxpref.data.relabel_sources import RelabelledSplits, relabel_splits
+from mlxpref.data.relabelled import Relabelled, is_relabelled, read_relabelled
+from mlxpref.data.sources import Source, SourceSpec, find_split, open_source
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
-from mlxpref.errors import ConfigError, DataError
-from mlxpref.records import Conditioned, Counts, Scored, Tokenized
+from mlxpref.errors import ConfigError, DataError, raise_all
+from mlxpref.records import Conditioned, Counts, Tokenized
 
-VALID_SPLITS = ("valid", "validation")
-"""Names under which a source's own validation rows are found."""
+
+WRITTEN_WITH = ("halves", "ties", "min_gap", "plain_share", "seed")
+"""What a relabelled folder says of how, besides its recipe, other rows become like its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,10 @@ def prepare(config: Config, *, tokenizer: Any = None) -> Prepared:
     found = _Found()
     relabelled = isinstance(config.data.source, str) and is_relabelled(config.data.source)
     if relabelled:
-        _check_relabelled(config)
+        raise_all(_unused_beside_relabelled(config), ConfigError, f"{config.data.source} is relabelled already:")
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
-    conditioned = (_from_folder if relabelled else _from_sources)(config, tokenizer, found)
+    conditioned = _from_folder(config, found) if relabelled else _from_sources(config, tokenizer, found)
     rows = {name: _tokenize(config, name, split, tokenizer, found) for name, split in conditioned.items()}
     _warn_of_leaks(conditioned, found)
     if not rows["train"]:
@@ -89,52 +92,80 @@ def prepare(config: Config, *, tokenizer: Any = None) -> Prepared:
 # --- relabelled folders ---
 
 
-def _check_relabelled(config: Config) -> None:
+def _unused_beside_relabelled(config: Config) -> list[str]:
+    """What was decided when the folder was written, or says how to read other data than such a folder."""
+    data = config.data
+    problems = []
     if config.relabel is not None:
-        raise ConfigError(
-            f"data.source {config.data.source} is relabelled already: leave the section relabel out, or give "
-            "the data it was made from"
+        problems.append("leave the section relabel out, or give the data it was made from")
+    if data.valid_fraction is not None:
+        problems.append(
+            "data.valid_fraction: it was split when it was relabelled; relabel it again with another share, or "
+            "name other rows in data.valid"
         )
-    if config.data.valid_fraction is not None:
-        raise ConfigError(
-            f"data.valid_fraction: {config.data.source} was split when it was relabelled; relabel it again "
-            "with another share, or name other rows in data.valid"
-        )
+    reads = ["config", "revision", "streaming"]
+    if data.valid is None or is_relabelled(data.valid):
+        reads += ["format", "score", "columns"]
+    problems += [
+        f"data.{key} says how other data are read: leave it out"
+        for key in reads
+        if getattr(data, key) not in (None, False)
+    ]
+    return problems
 
 
-def _from_folder(config: Config, tokenizer: Any, found: _Found) -> dict[str, list[Conditioned]]:
+def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     """Rows of a relabelled folder; its recipe was fitted there."""
     data = config.data
     folder = read_relabelled(str(data.source))
     found.recipe = folder.recipe
-    train = data.split or "train"
-    splits = {"train": folder.read(train)}
-    names = ", ".join(folder.splits)
-    found.said.append(f"{data.source}: relabelled rows, splits {names}; training on {train}")
-    valid = next((name for name in VALID_SPLITS if name in folder.splits and name != train), None)
+    available = tuple(folder.splits)
+    train = find_split(data.split or "train", available) or data.split or "train"
+    splits = {"train": _first_examples(folder.read(train), data.limit)}
+    found.said.append(f"{data.source}: relabelled rows, splits {', '.join(available)}; training on {train}")
+    valid = find_split("valid", available)
     if data.valid is not None:
-        splits["valid"] = _from_valid(config, found)
-    elif valid is not None:
-        splits["valid"] = folder.read(valid)
+        splits["valid"] = _from_valid(config, folder, train, found)
+    elif valid not in (None, train):
+        splits["valid"] = _first_examples(folder.read(str(valid)), data.limit)
     return splits
 
 
-def _from_valid(config: Config, found: _Found) -> list[Conditioned]:
-    """``data.valid``: relabelled rows as they are, others with the recipe at hand."""
+def _first_examples(rows: list[Conditioned], limit: int | None) -> list[Conditioned]:
+    """The rows of the first ``limit`` examples; None: all."""
+    kept = set(islice(dict.fromkeys(row.example_id for row in rows), limit))
+    return [row for row in rows if row.example_id in kept]
+
+
+def _from_valid(config: Config, folder: Relabelled, train: str, found: _Found) -> list[Conditioned]:
+    """``data.valid`` beside a relabelled folder: as the folder was relabelled."""
     path = str(config.data.valid)
     if is_relabelled(path):
-        folder = read_relabelled(path)
-        if folder.recipe != found.recipe:
-            raise ConfigError(f"data.valid {path} was relabelled by another recipe than {config.data.source}")
-        names = [name for name in (*VALID_SPLITS, "test", "train") if name in folder.splits]
-        return folder.read(names[0])
-    spec = SourceSpec(
-        path=path,
-        format=config.data.format,
-        columns=config.data.columns,
-        score=config.data.score,
-    )
-    return _condition(config, "valid", _read(config, "valid", [open_source(spec)], found), found)
+        return _read_valid(config, found, taken=train if _same(path, str(folder.folder)) else None)
+    if not folder.options and folder.recipe is not None:
+        raise DataError(
+            f"{folder.folder} does not say which ties, gaps and halves it was relabelled with: relabel "
+            f"data.valid {path} too, by `mlxpref relabel --recipe {folder.folder}`"
+        )
+    source = _valid_source(config, [], found)
+    options = {key: folder.options[key] for key in WRITTEN_WITH if key in folder.options}
+    result = relabel_splits({"valid": [source]}, folder.recipe, strict=config.data.strict, **options)
+    _note(result, found)
+    return result.splits["valid"]
+
+
+def _read_valid(config: Config, found: _Found, *, taken: str | None = None) -> list[Conditioned]:
+    """A relabelled ``data.valid``; ``taken`` is the split that is trained on, if it is the same folder."""
+    folder = read_relabelled(str(config.data.valid))
+    if folder.recipe != found.recipe:
+        raise ConfigError(
+            f"data.valid {folder.folder} was relabelled by another recipe than {config.data.source}"
+        )
+    split = _held_out_split(config, tuple(folder.splits), "train")
+    if split == taken:
+        raise _no_valid_split(config, split)
+    found.said.append(f"{folder.folder}: validation rows from its split {split}")
+    return folder.read(split)
 
 
 # --- scored and unscored sources ---
@@ -150,80 +181,95 @@ def source_specs(config: Config) -> list[SourceSpec]:
 
 
 def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, list[Conditioned]]:
-    """Read and split, then fit the recipe on the training rows alone, then condition."""
+    """Choose what each split is read from, then relabel all as `mlxpref relabel` does."""
     data = config.data
     sources = [open_source(spec) for spec in source_specs(config)]
     for source in sources:
         found.said.extend(source.said)
-    examples = {"train": _read(config, "train", sources, found)}
-    if data.valid_fraction is not None:
-        examples = split_by_prompt(
-            examples["train"], fractions={"valid": data.valid_fraction}, seed=config.training.seed
-        )
-    elif data.valid is None:
-        own = _own_valid(sources, found)
-        if own is not None:
-            examples["valid"] = _read(config, "valid", [own], found)
-    if config.relabel is not None:
-        found.recipe = _fit(config.relabel, examples["train"], tokenizer)
-    splits = {name: _condition(config, name, rows, found) for name, rows in examples.items()}
-    if data.valid is not None:
-        splits["valid"] = _from_valid(config, found)
+    wanted = {"train": sources}
+    relabelled_valid = data.valid is not None and is_relabelled(data.valid)
+    if data.valid is not None and not relabelled_valid:
+        wanted["valid"] = [_valid_source(config, sources, found)]
+    elif data.valid is None:  # a fraction of a split that was named leaves the data's other splits alone
+        parted = data.valid_fraction is not None
+        wanted |= _own_valid([s for s in sources if not (parted and s.spec.split is not None)], found)
+    given = config.relabel
+    result = relabel_splits(
+        wanted,
+        None if given is None else _recipe_arguments(given, tokenizer),
+        fractions=None if data.valid_fraction is None else {"valid": data.valid_fraction},
+        strict=data.strict,
+        seed=config.training.seed,
+        **({} if given is None else given.model_dump(include={"halves", "ties", "min_gap", "plain_share"})),
+    )
+    _note(result, found)
+    found.recipe = result.recipe
+    splits = dict(result.splits)
+    if relabelled_valid:
+        splits["valid"] = _read_valid(config, found)
     return splits
 
 
-def _own_valid(sources: Sequence[Source], found: _Found) -> Source | None:
-    """A single source's own validation split, where it has one."""
-    if len(sources) != 1:
-        return None
-    source = sources[0]
-    name = next((name for name in VALID_SPLITS if name in source.splits and name != source.split), None)
-    if name is None:
-        return None
-    found.said.append(f"{source.spec.path}: validation rows from its split {name}")
-    return open_source(replace(source.spec, split=name, limit=None))
+def _own_valid(sources: Sequence[Source], found: _Found) -> dict[str, list[Source]]:
+    """The sources' own validation splits, where they have some that are not trained on."""
+    own = []
+    for source in sources:
+        name = find_split("valid", source.splits)
+        if name not in (None, source.split):
+            own.append(open_source(replace(source.spec, split=name)))
+            found.said.append(f"{source.spec.path}: validation rows from its split {name}")
+    return {"valid": own} if own else {}
 
 
-def _read(config: Config, split: str, sources: Sequence[Source], found: _Found) -> list[Scored]:
-    examples, counts = read_source(sources, strict=config.data.strict, seed=config.training.seed)
-    found.counts[f"{split}, read"] = counts
-    return examples
+def _valid_source(config: Config, trained: Sequence[Source], found: _Found) -> Source:
+    """``data.valid``, opened. ConfigError if its rows are those that are trained on."""
+    data = config.data
+    path = str(data.valid)
+    same = next((source for source in trained if _same(source.spec.path, path)), None)
+    plain = SourceSpec(path, format=data.format, columns=data.columns, score=data.score)
+    spec = plain if same is None else replace(same.spec, weight=1.0)
+    source = open_source(replace(spec, split=data.valid_split))
+    split = _held_out_split(config, source.splits, source.split)
+    if split in [other.split for other in trained if _same(other.spec.path, path)]:
+        raise _no_valid_split(config, split)
+    found.said.append(f"{path}: validation rows from its split {split}")
+    return source if split == source.split else open_source(replace(spec, split=split))
 
 
-def _fit(relabel: RelabelSection, examples: Sequence[Scored], tokenizer: Any) -> Recipe:
+def _same(one: str, other: str) -> bool:
+    """Whether two paths, or two hub ids, are the same."""
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _held_out_split(config: Config, available: Sequence[str], otherwise: str) -> str:
+    """The split of ``data.valid`` to read: the one named, else its validation or test split, else this one."""
+    named = config.data.valid_split
+    if named is not None:
+        return find_split(named, available) or named
+    own = (find_split(kind, available) for kind in ("valid", "test"))
+    return next((name for name in own if name is not None), otherwise)
+
+
+def _no_valid_split(config: Config, split: str) -> ConfigError:
+    return ConfigError(
+        f"data.valid {config.data.valid} is the source itself, and its split {split!r} is trained on: name "
+        "another in data.valid_split, or hold rows out with data.valid_fraction"
+    )
+
+
+def _note(result: RelabelledSplits, found: _Found) -> None:
+    found.counts |= result.counts
+    found.said += [f"warning: {note}" for note in result.notes]
+
+
+def _recipe_arguments(relabel: RelabelSection, tokenizer: Any) -> dict[str, Any]:
+    """The arguments of ``fit_recipe``."""
+    own = {"halves", "ties", "min_gap", "plain_share", "carrier"}
     carrier = resolve_carrier(tokenizer) if relabel.carrier == "auto" else relabel.carrier
-    return fit_recipe(
-        examples,
-        template=relabel.template,
-        carrier=carrier,
-        score_range=relabel.score_range,
-        goal_range=relabel.goal_range,
-        mapping=relabel.mapping,
-        attributes=relabel.attributes,
-        number_format=relabel.number_format,
-        top_goal=relabel.top_goal,
-    )
+    return {**relabel.model_dump(exclude=own), "carrier": carrier}
 
 
-def _condition(
-    config: Config, split: str, examples: Sequence[Scored], found: _Found
-) -> list[Conditioned]:
-    relabel = config.relabel
-    if found.recipe is None:
-        return [unconditioned(example) for example in examples]
-    options = relabel or RelabelSection()
-    rows, counts = relabel_all(
-        examples,
-        found.recipe,
-        halves=options.halves,
-        ties=options.ties,
-        min_gap=options.min_gap,
-        plain_share=options.plain_share,
-        seed=config.training.seed,
-        strict=config.data.strict,
-    )
-    found.counts[f"{split}, relabelled"] = counts
-    return rows
+# --- tokens ---
 
 
 def _tokenize(
@@ -238,7 +284,7 @@ def _tokenize(
         truncation=given.truncation,
         strict=config.data.strict,
     )
-    found.counts[f"{split}, tokenized"] = counts
+    found.counts[f"tokenize/{split}"] = counts
     return tuple(rows)
 
 

@@ -104,6 +104,8 @@ class Conditioned:
         scores: K scores in goal units, in the order of ``responses``; None if unscored.
         example_id: id of the source; both halves share it.
         attributes, extras: as in ``Scored``, in the order of ``responses``.
+        distances: K squared distances to a goal of several attributes, in the order of ``responses``, so
+            rising; None where ``scores`` say it: for one score, and without a goal.
     """
 
     prompt: Prompt
@@ -115,6 +117,7 @@ class Conditioned:
     example_id: str
     attributes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
+    distances: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,8 @@ class Tokenized:
         prompt_cut: tokens removed from the body of the prompt.
         response_cut: K counts of tokens removed from the response's tail (end token included).
         weight: of the example in the mean over a batch.
-        half, goal, scores, example_id, extras: as in ``Conditioned``; extras now hold numbers only.
+        half, goal, scores, example_id, extras: as in ``Conditioned``; extras now hold numbers only, the
+            attributes, and as ``goal_distances`` how far each response is from the goal.
     """
 
     prompt_ids: np.ndarray
@@ -257,7 +261,6 @@ class StepReport:
         lengths: (B, K) response tokens; 0 there.
         grad_norm: global norm before clipping.
         skipped: the step was not finite and changed nothing.
-        n_tokens: tokens that were forwarded for good (prompts once, responses), without padding.
     """
 
     loss: float
@@ -267,7 +270,6 @@ class StepReport:
     lengths: np.ndarray
     grad_norm: float
     skipped: bool
-    n_tokens: int
 
 
 def stack_lists(parts: Sequence[np.ndarray], fill: float) -> np.ndarray:

@@ -181,6 +181,15 @@ Progress = Callable[[int, int], None]
 """Called with (rows done, rows to do) after each micro-batch."""
 
 
+PASS_SHAPES = 16
+"""Shapes of one pass over the data; on UltraFeedback's lengths more of them save nothing."""
+
+
+def kinds_of(rows: Sequence[Tokenized]) -> int:
+    """How many different numbers of responses occur; a plan needs a shape for each."""
+    return len({len(row.response_ids) for row in rows})
+
+
 def logps_pass(
     rows: Sequence[Tokenized],
     backend: Any,
@@ -188,6 +197,7 @@ def logps_pass(
     *,
     reference: bool,
     micro_batch_tokens: int = 8192,
+    max_shapes: int = PASS_SHAPES,
     on_progress: Progress | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """One forward pass over rows: yields (row, its K arrays (n_k,) float32, nats), in order of length.
@@ -197,13 +207,19 @@ def logps_pass(
         backend: module with ``token_logps``.
         reference: log-probs of the reference instead of the policy.
         micro_batch_tokens: padded tokens of one micro-batch.
+        max_shapes: different shapes of micro-batches, each traced once.
 
     Raises:
         RunError: a log-prob is not finite.
     """
     if not rows:
         return
-    plan = plan_pass(rows, micro_batch_tokens=micro_batch_tokens, share_prompts=policy.share_prompts)
+    plan = plan_pass(
+        rows,
+        micro_batch_tokens=micro_batch_tokens,
+        share_prompts=policy.share_prompts,
+        max_shapes=max(max_shapes, kinds_of(rows)),
+    )
     done = 0
     for part in (part for step in plan.steps for part in step):
         tokens = np.asarray(backend.token_logps(policy, collate(rows, part), reference=reference).tokens)
@@ -233,6 +249,7 @@ def policy_logps(
     policy: Any,
     *,
     micro_batch_tokens: int = 8192,
+    max_shapes: int = PASS_SHAPES,
     on_progress: Progress | None = None,
 ) -> list[list[np.ndarray]]:
     """For each row K arrays (n_k,) float32 of the policy's own log-probs, nats; nothing is kept.
@@ -244,7 +261,7 @@ def policy_logps(
     names, todo = list(distinct), list(distinct.values())
     computing = logps_pass(
         todo, backend, policy,
-        reference=False, micro_batch_tokens=micro_batch_tokens, on_progress=on_progress,
+        reference=False, micro_batch_tokens=micro_batch_tokens, max_shapes=max_shapes, on_progress=on_progress,
     )  # fmt: skip
     found = {names[index]: logps for index, logps in computing}
     return [found[key] for key in keys]
@@ -257,6 +274,7 @@ def reference_logps(
     store: ReferenceStore | None,
     *,
     micro_batch_tokens: int = 8192,
+    max_shapes: int = PASS_SHAPES,
     on_progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[list[list[np.ndarray]], ReferenceCounts]:
@@ -268,6 +286,7 @@ def reference_logps(
     Args:
         rows: a row that occurs twice is computed once.
         store: None computes everything and keeps nothing.
+        max_shapes: different shapes of micro-batches, each traced once.
         on_progress: called with (rows computed, rows to compute).
 
     Returns:
@@ -283,7 +302,7 @@ def reference_logps(
     names, todo = list(missing), list(missing.values())
     computing = logps_pass(
         todo, backend, policy,
-        reference=True, micro_batch_tokens=micro_batch_tokens, on_progress=on_progress,
+        reference=True, micro_batch_tokens=micro_batch_tokens, max_shapes=max_shapes, on_progress=on_progress,
     )  # fmt: skip
     written = clock()
     try:

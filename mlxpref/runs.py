@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxpref.errors import RunError
-from mlxpref.files import write_text, written_aside
+from mlxpref.files import folder_aside, refused, write_text, written_aside
 from mlxpref.locks import locked
 
 CONFIG = "config.yaml"
@@ -126,7 +126,7 @@ class RunFolder:
                 raise OSError("only part of the line was written")
         except OSError as error:
             self._metrics.truncate(end)
-            raise _refused(self.path / METRICS, error) from error
+            raise refused(self.path / METRICS, error, _RESUME) from error
 
     def save(self, step: int, write: Write, state: Mapping[str, Any], *, keep_last: int | None) -> Path:
         """Write a checkpoint, make its adapter the run's, and remove checkpoints beyond ``keep_last``.
@@ -137,7 +137,7 @@ class RunFolder:
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
         folder = self.checkpoints / f"step-{step:06d}"
-        with _folder_aside(folder) as aside:
+        with _replaced(folder) as aside:
             write(aside)
             _seal(aside, {"step": step, **state})
         self._publish(folder)
@@ -149,7 +149,7 @@ class RunFolder:
     def save_best(self, write: Write, facts: Mapping[str, Any]) -> Path:
         """Replace ``best/`` by the adapter as it is now. RunError if the disk refuses."""
         folder = self.path / BEST
-        with _folder_aside(folder) as aside:
+        with _replaced(folder) as aside:
             write(aside)
             _seal(aside, facts)
         return folder
@@ -212,8 +212,8 @@ def _check_free(path: Path) -> None:
 
 def _clear_unfinished(path: Path) -> None:
     """Remove what a killed process was making; put back what it was replacing."""
-    replaced = path / f".{BEST}.old"
-    if replaced.exists() and not (path / BEST).exists():
+    replaced = next(path.glob(f".{BEST}.*.old"), None)
+    if replaced is not None and not (path / BEST).exists():
         os.rename(replaced, path / BEST)
     for found in [*path.glob(".*.part"), *path.glob(".*.old"), *path.glob("checkpoints/.*")]:
         if found.is_dir():
@@ -224,42 +224,21 @@ def _clear_unfinished(path: Path) -> None:
 
 # --- folders that are whole ---
 
+_RESUME = "earlier checkpoints are whole; free some space and go on with --resume"
+
 
 @contextmanager
-def _folder_aside(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``folder``; on leaving it is synced and takes that name.
+def _replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of ``folder``.
 
     Raises:
         RunError: the disk refuses, or a library reports that a write failed; ``folder`` is unchanged.
     """
-    aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for file in aside.iterdir():
-            _sync(file)
-        _sync(aside)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(aside, folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, ValueError, RunError) as error:  # array libraries raise RuntimeError
-        raise _refused(folder, error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _refused(path: Path, error: Exception) -> RunError:
-    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
-    cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ else error
-    why = getattr(cause, "strerror", None) or cause
-    return RunError(
-        f"cannot write {path}: {why} ({free / 1e9:.2f} GB free there). Nothing was left under that name and "
-        "earlier checkpoints are whole; free some space and go on with --resume"
-    )
+        with folder_aside(folder, replaceable=lambda _: True) as aside:
+            yield aside
+    except (RuntimeError, ValueError, RunError) as error:  # array libraries raise the first two
+        raise refused(folder, error, _RESUME) from error
 
 
 def _seal(folder: Path, state: Mapping[str, Any]) -> None:
@@ -300,14 +279,6 @@ def _check_safetensors(file: Path) -> None:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -60,6 +60,7 @@ def train(
         MlxprefError: its children say what is wrong with configuration, data, model or run folder.
     """
     objective = resolve_objective(_spec(config))
+    objective.check_supported()
     machine = backend if backend is not None else backends.get(config.model.backend)
     listeners = Callbacks([*callbacks, *_reporters(config, machine)])
     try:

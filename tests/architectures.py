@@ -7,19 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-_BASE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "layer_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+from conftest import TINY_LLAMA
+
+_BASE: dict[str, Any] = {**TINY_LLAMA, "layer_norm_eps": 1e-5}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

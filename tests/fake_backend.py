@@ -172,7 +172,6 @@ def _report(batch: Batch, found: Sequence[Any], norm: float, skipped: bool) -> S
         lengths=stack_lists([logps.lengths for _, logps, _ in found], 0.0),
         grad_norm=float("nan") if skipped else norm,
         skipped=skipped,
-        n_tokens=int(sum(part.mask.sum() for part in batch.parts)),
     )
 
 

@@ -36,6 +36,7 @@ class FakePolicy:
     share_prompts: bool = True
     way: str = "shared"
     path: str = "fake"
+    notes: tuple[str, ...] = ()
     asked: list[tuple[bool, int]] = field(default_factory=list)
     """(reference?, examples) of every micro-batch that was computed."""
 

@@ -7,6 +7,7 @@ an error that is a traceback, a public name that leads nowhere.
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import time
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import mlxpref
@@ -125,6 +127,31 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(ran.exception, OSError)
 
 
+# --- train -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["run", "run/adapters.safetensors"])
+def test_the_file_mlx_lm_resumes_from_is_taken_as_its_folder(given: str) -> None:
+    base = ["train", "--model", "m", "--data", "d", "--print-config"]
+    ran = CliRunner().invoke(cli.main, [*base, "--resume-adapter-file", given])
+    assert ran.exit_code == 0, ran.output
+    assert yaml.safe_load(ran.stdout)["adapter"]["init_from"] == "run"
+
+
+def test_another_file_of_weights_is_not_taken_for_the_last_one() -> None:
+    """mlx-lm numbers its checkpoints; beside one of them lies a different ``adapters.safetensors``."""
+    numbered = "run/0000100_adapters.safetensors"
+    ran = CliRunner().invoke(cli.main, ["train", "--model", "m", "--data", "d", "--resume-adapter-file", numbered])
+    assert ran.exit_code == 2
+    assert numbered in ran.stderr and "adapter_config.json" in ran.stderr
+
+
+def test_iters_says_what_an_iteration_is() -> None:
+    ran = CliRunner().invoke(cli.main, ["train", "--help"], terminal_width=200)
+    line = next(line for line in ran.output.splitlines() if "--iters" in line)
+    assert "Updates" in line and "mlx-lm" in line
+
+
 # --- env ---------------------------------------------------------------------------------------
 
 
@@ -139,6 +166,21 @@ def test_env_reports_the_machine() -> None:
     assert facts["memory_gb"]["system"] > 0.5
     assert facts["blas"]["said"]
     assert facts["blas"]["matmul_gflops"] is None
+
+
+def test_env_and_a_runs_facts_name_the_same_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that changes bits and stands in one list only makes two runs look alike that are not."""
+    from mlxpref import facts
+    from mlxpref.cli import env
+
+    def no_backend(name: str) -> None:
+        raise RunError("none")
+
+    monkeypatch.setattr(env.backends, "get", no_backend)  # it would ask for versions, too
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"{package} 1")
+    shown = env.gather(speed=False)["packages"]
+    assert {"mkl", "mlx-cuda-13", "torch"} < shown.keys()
+    assert shown.items() <= facts.versions().items()
 
 
 @pytest.mark.mlx

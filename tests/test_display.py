@@ -39,15 +39,20 @@ def test_figures_and_durations() -> None:
     assert (duration(9), duration(309.4), duration(7509)) == ("0:09", "5:09", "2:05:09")
 
 
-def test_time_left_counts_only_the_steps_of_this_start(capsys: pytest.CaptureFixture[str]) -> None:
-    """A resumed run that divided by all steps would promise too early an end."""
+def test_time_left_is_at_the_pace_of_this_starts_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """Divided by all steps a resumed run would promise too early an end, and with the reference pass too late a one."""
     clock = Clock()
     display = TrainDisplay(live=False, clock=clock)
     display.on_start(START)
-    clock.now = 20.0
-    display.on_report(4, METRICS)
+    clock.now = 500.0  # the reference pass
+    display.on_step(3, METRICS)
+    display.on_report(3, METRICS)
+    clock.now = 520.0
+    display.on_step(5, METRICS)
+    display.on_report(5, METRICS)
     out, err = capsys.readouterr()
-    assert "step 4/10" in out and "left 1:00" in out
+    assert "step 3/10" in out and "left ?" in out
+    assert "step 5/10" in out and "left 0:50" in out
     assert "warning: look here" in err and "plan: 10 steps" in out
 
 

@@ -187,6 +187,60 @@ def test_non_finite_step_changes_nothing(policy: Any) -> None:
     assert all(np.isfinite(value).all() for value in masters(policy).values())
 
 
+@pytest.mark.slow
+def test_a_run_of_a_thousand_pairs_traces_each_shape_once(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Reference pass, updates and evaluations together: at most 64 shapes, none twice.
+
+    A Python number that reaches the graph as a constant would trace again at every value; a plan that
+    forgets the reference pass or the evaluation would trace more shapes than it says.
+    """
+    import json
+    import random
+
+    from mlxpref import mlx_backend
+    from mlxpref.config_layers import load_config
+    from mlxpref.train import train
+
+    draw = random.Random(0)
+
+    def text(scale: float) -> str:
+        return "ab " * max(1, min(90, int(draw.lognormvariate(0, 0.8) * scale)))
+
+    columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+    for name, n in (("train", 1000), ("valid", 60)):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            for i in range(n):
+                row = (f"{i} {text(12)}", "x " + text(14), "y " + text(14), draw.randint(6, 10), draw.randint(1, 5))
+                file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+    policies = []
+
+    class Backend:
+        """The MLX room, whose policy the test can look at afterwards."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(mlx_backend, name)
+
+        @staticmethod
+        def load_policy(*arguments: Any, **options: Any) -> Any:
+            policies.append(mlx_backend.load_policy(*arguments, **options))
+            policies[-1].n_traced = 0
+            return policies[-1]
+
+    settings = {
+        "model.path": str(tiny_model_dir), "data.source": str(tmp_path), "relabel.template": "Score: {score}",
+        "output.adapter_path": str(tmp_path / "run"), "reference.store": str(tmp_path / "store"),
+        "adapter.num_layers": 1, "batching.batch_size": 16, "training.epochs": 1, "training.steps_per_eval": 40,
+        "optimizer.schedule.name": "cosine", "tokenization.max_length": 192,
+    }  # fmt: skip
+    train(load_config(overrides=list(settings.items())), backend=Backend())
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["data"]["train_rows"] > 1900 and facts["data"]["valid_rows"] > 100
+    assert facts["plan"]["shapes"] > 8, "too few shapes to show anything"
+    assert policies[0].n_traced <= 64
+    with (tmp_path / "run" / "metrics.jsonl").open() as file:
+        assert sum("loss" in json.loads(line) for line in file) == facts["plan"]["steps"]
+
+
 def test_each_shape_is_traced_once(policy: Any) -> None:
     """A Python number that reaches the graph as a constant traces again at every value."""
     from mlxpref import mlx_backend
@@ -196,9 +250,10 @@ def test_each_shape_is_traced_once(policy: Any) -> None:
     reference = reference_of(policy, rows)
     plan = plan_steps(rows, batch_size=4, epochs=3, micro_batch_tokens=150, max_shapes=6)
     assert len(plan.shapes) <= 6
+    before = policy.n_traced
     for count, parts in enumerate(plan.steps):
         step(collate_step(rows, parts, reference), 1e-3 / (count + 1))
-    assert step.n_compiled == len(plan.shapes)
+    assert policy.n_traced - before == len(plan.shapes)
 
 
 def test_saved_state_goes_on_bit_for_bit(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -320,6 +375,30 @@ def test_adapter_of_another_model_is_refused(policy: Any, tmp_path: Path, tiny_m
     (tmp_path / "damaged" / "adapters.safetensors").write_bytes(b"half")
     with pytest.raises(AdapterError, match="damaged"):
         mlx_backend.load_adapter(tmp_path / "damaged")
+
+
+def test_adapter_on_changed_weights_is_noticed(policy: Any, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """The same shapes are not the same model: a base that was replaced answers nonsense without a word."""
+    import json
+    import shutil
+
+    import mlx.core as mx
+
+    from mlxpref import mlx_backend
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    mlx_backend.save_adapter(policy, tmp_path / "adapter", extra={})
+    assert not mlx_backend.load_adapter(tmp_path / "adapter", model_path=str(base)).notes
+    weights = mx.load(str(base / "model.safetensors"))
+    name = sorted(weights)[0]
+    mx.save_safetensors(str(base / "model.safetensors"), {**weights, name: weights[name] * 1.5}, {"format": "mlx"})
+    (note,) = mlx_backend.load_adapter(tmp_path / "adapter", model_path=str(base)).notes
+    assert "trained on other weights" in note
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": str(base)}))
+    with pytest.raises(AdapterError, match="they have changed since"):
+        mlx_backend.load_adapter(tmp_path / "adapter")
 
 
 def test_broken_model_folders(tmp_path: Path, tiny_model_dir: Path, assets: Path) -> None:

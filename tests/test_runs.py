@@ -188,7 +188,7 @@ def test_what_a_killed_process_was_making_is_cleared_and_best_is_put_back(tmp_pa
         begin(run)
         run.save(1, write(1), {}, keep_last=None)
         run.save_best(write(1), {"step": 1})
-    (tmp_path / "best").rename(tmp_path / ".best.old")  # between the two renames of a replacement
+    (tmp_path / "best").rename(tmp_path / ".best.0123abcd.old")  # between the two renames of a replacement
     (tmp_path / "checkpoints" / ".step-000002.part").mkdir()
     (tmp_path / ".adapters.safetensors.ab12.part").write_bytes(b"half")
     with open_run(tmp_path, resume=True):
@@ -204,7 +204,7 @@ def test_best_is_replaced_whole(tmp_path: Path) -> None:
             run.save_best(write(step), {"step": step, "metric": "eval_loss", "value": 0.5})
     assert json.loads((tmp_path / "best" / "adapter_config.json").read_text()) == {"value": 2}
     assert json.loads((tmp_path / "best" / "state.json").read_text())["step"] == 2
-    assert ".best.old" not in names(tmp_path)
+    assert not [name for name in names(tmp_path) if name.startswith(".best")]
 
 
 # --- metrics -------------------------------------------------------------------------------------

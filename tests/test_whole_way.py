@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +84,29 @@ def test_first_loss_is_log_two(trained: Path) -> None:
     assert abs(losses[0] - np.log(2)) < 1e-6
 
 
-def test_what_can_be_learnt_is_learnt(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """A wrong sign, mask or order of responses would not end with every unseen pair the right way round."""
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The run folder, beside its data, of plain pairs in which one word is always preferred to another."""
     draw = random.Random(5)
+    folder = tmp_path_factory.mktemp("learnt")
     for name, n in (("train", 48), ("valid", 12)):
-        with (tmp_path / f"{name}.jsonl").open("w") as file:
+        with (folder / f"{name}.jsonl").open("w") as file:
             for _ in range(n):
                 prompt = " ".join(draw.choice(WORDS) for _ in range(6))
                 chosen, rejected = "hello " * draw.randint(2, 6), "cat " * draw.randint(2, 6)
                 row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                 file.write(json.dumps(row) + "\n")
-    run = tmp_path / "run"
     mlxpref(
-        "train", "--model", tiny_model_dir, "--data", tmp_path, "--valid", tmp_path / "valid.jsonl",
-        "--adapter-path", run, "--iters", 36, *TRAIN,
+        "train", "--model", tiny_model_dir, "--data", folder / "train.jsonl", "--valid", folder / "valid.jsonl",
+        "--adapter-path", folder / "run", "--iters", 36, *TRAIN,
     )  # fmt: skip
-    assert metrics(run)[-1]["eval_rewards/accuracies"] == 1.0
-    assert metrics(run)[-1]["loss"] < 0.3
+    return folder / "run"
+
+
+def test_what_can_be_learnt_is_learnt(learnt: Path) -> None:
+    """A wrong sign, mask or order of responses would not end with every unseen pair the right way round."""
+    assert metrics(learnt)[-1]["eval_rewards/accuracies"] == 1.0
+    assert metrics(learnt)[-1]["loss"] < 0.3
 
 
 def test_no_command_opens_a_socket(
@@ -111,12 +121,33 @@ def test_no_command_opens_a_socket(
     assert not no_sockets
 
 
-def test_evaluation_sees_what_was_learnt(trained: Path, relabelled: Path, tmp_path: Path) -> None:
-    """On its own training rows a run that lowered the loss prefers what it was shown, under both goals."""
-    out = tmp_path / "evaluation.json"
-    mlxpref("evaluate", relabelled, "--split", "train", "--adapter-path", trained, "--json", out)
-    text = out.read_text()
-    assert "sensitivity" in text and json.loads(text)
+def evaluated(data: Path, run: Path, out: Path, *more: Any) -> dict[str, Any]:
+    mlxpref("evaluate", data, "--adapter-path", run, "--json", out, *more)
+    return json.loads(out.read_text())
+
+
+def test_evaluation_sees_what_was_learnt(learnt: Path, tmp_path: Path) -> None:
+    """Pairs that training never saw, read from the adapter on disk; turned round, they are all wrong."""
+    valid = learnt.parent / "valid.jsonl"
+    found = evaluated(valid, learnt, tmp_path / "found.json")["views"]["unconditioned"]
+    assert found["accuracy"] > 0.9 and found["margin"] > 0
+    rows = [json.loads(line) for line in valid.read_text().splitlines()]
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("".join(
+        json.dumps(row | {"chosen": row["rejected"], "rejected": row["chosen"]}) + "\n" for row in rows
+    ))  # fmt: skip
+    against = evaluated(turned, learnt, tmp_path / "against.json")["views"]["unconditioned"]
+    assert against["accuracy"] == pytest.approx(1 - found["accuracy"])
+    assert against["margin"] == pytest.approx(-found["margin"], rel=1e-5)
+
+
+def test_evaluation_measures_how_far_the_goal_is_read(trained: Path, relabelled: Path, tmp_path: Path) -> None:
+    found = evaluated(relabelled, trained, tmp_path / "found.json")
+    sensitivity = found["goal_sensitivity"]
+    assert sensitivity["examples"] == found["examples"] == 8
+    assert all(math.isfinite(sensitivity[key]) for key in ("mean", "error"))
+    assert sensitivity["mean"] != 0, "both goals of an example give one log-prob: the goal is not in the prompt"
+    assert {"chosen", "rejected", "top"} <= found["views"].keys()
 
 
 def test_generation_at_several_goals(trained: Path) -> None:
@@ -128,41 +159,126 @@ def test_generation_at_several_goals(trained: Path) -> None:
         assert texts.count(f"Overall score: {goal}.") == 1
 
 
-@pytest.mark.slow
-def test_mlx_lm_takes_the_folder_as_it_is(trained: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """`mlx_lm generate` says what ours says; `mlx_lm fuse` makes a model that says it without an adapter."""
-    from mlxpref import mlx_backend
+# --- mlx-lm's own tools ------------------------------------------------------------------------
+
+QUESTION = "Say hello."
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run, its base model, the prompt at the top goal in both forms, and what our command answers."""
+
+    model: Path
+    run: Path
+    goal_text: str
+    text: str
+    answer: str
+
+
+def asked(model: Path, run: Path, folder: Path) -> Asked:
     from mlxpref.data.tokenization import load_tokenizer, render_prompt
     from mlxpref.generate import adapter_recipe
     from mlxpref.records import Message
 
-    recipe = adapter_recipe(trained)
+    out = folder / "ours.json"
+    mlxpref("generate", QUESTION, "--adapter-path", run, "--goal", 10, "--max-tokens", 16, "--json", out)
+    recipe = adapter_recipe(run)
     assert recipe is not None
-    prompt, _ = recipe.write((Message("user", "Say hello."),), 10.0)
-    tokenizer = load_tokenizer(str(tiny_model_dir))
-    text = render_prompt(prompt, tokenizer)
-    policy = mlx_backend.load_adapter(trained)
-    (ours,) = mlx_backend.generate(policy, [tokenizer.encode(text, add_special_tokens=False)], max_tokens=16)
-    theirs = _mlx_lm("generate", "--model", tiny_model_dir, "--adapter-path", trained, text=text)
-    assert theirs == ours
-    _mlx_lm_run("fuse", "--model", tiny_model_dir, "--adapter-path", trained, "--save-path", tmp_path / "fused")
-    assert _mlx_lm("generate", "--model", tmp_path / "fused", text=text) == ours
+    prompt, goal_text = recipe.write((Message("user", QUESTION),), 10.0)
+    text = render_prompt(prompt, load_tokenizer(str(model)))
+    (answer,) = json.loads(out.read_text())
+    assert answer["text"].strip()
+    return Asked(model, run, goal_text, text, answer["text"])
 
 
-def _mlx_lm_run(*arguments: Any) -> str:
+@pytest.fixture
+def tiny(trained: Path, tiny_model_dir: Path, tmp_path: Path) -> Asked:
+    return asked(tiny_model_dir, trained, tmp_path)
+
+
+@pytest.fixture
+def real(assets: Path, tmp_path: Path) -> Asked:
+    """Five steps on a model that was really trained, with real pairs; it has no chat template."""
+    model, run = assets / "models" / "tinystories-656k", tmp_path / "run"
+    mlxpref(
+        "train", "--model", model, "--data", assets / "data" / "ultrafeedback" / "eval.jsonl", "--relabel",
+        "--valid-fraction", 0.2, "--adapter-path", run, "--iters", 5, "--set", "data.limit=40", *TRAIN,
+    )  # fmt: skip
+    return asked(model, run, tmp_path)
+
+
+def _mlx_lm(*arguments: Any) -> str:
     command = [sys.executable, "-m", "mlx_lm", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def _mlx_lm(command: str, *arguments: Any, text: str) -> str:
-    out = _mlx_lm_run(
-        command, *arguments, "--prompt", text, "--ignore-chat-template",
-        "--max-tokens", 16, "--temp", 0, "--verbose", False,
-    )  # fmt: skip
-    return out.rstrip("\n")
+def _mlx_lm_generate(model: Path, *arguments: Any) -> str:
+    out = _mlx_lm("generate", "--model", model, *arguments, "--max-tokens", 16, "--temp", 0, "--verbose", False)
+    return out.removesuffix("\n")
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["tiny", "real"])
+def test_mlx_lm_generates_and_fuses_as_we_do(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """`mlx_lm generate` says what ours says; `mlx_lm fuse` makes a model that says it without an adapter."""
+    it = request.getfixturevalue(which)
+    rendered = ("--prompt", it.text, "--ignore-chat-template")
+    assert _mlx_lm_generate(it.model, "--adapter-path", it.run, *rendered) == it.answer
+    _mlx_lm("fuse", "--model", it.model, "--adapter-path", it.run, "--save-path", tmp_path / "fused")
+    assert _mlx_lm_generate(tmp_path / "fused", *rendered) == it.answer
+
+
+@pytest.mark.slow
+def test_mlx_lm_with_the_goal_as_system_prompt_says_what_we_say(tiny: Asked) -> None:
+    """The folder as it is, through mlx-lm's own chat template: only the goal sentence is put in by hand."""
+    by_hand = ("--system-prompt", tiny.goal_text, "--prompt", QUESTION)
+    assert _mlx_lm_generate(tiny.model, "--adapter-path", tiny.run, *by_hand) == tiny.answer
+
+
+@pytest.mark.slow
+def test_mlx_lm_server_says_what_we_say(tiny: Asked) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlx_lm", "server", "--model", tiny.model, "--adapter-path", tiny.run,
+        "--host", "127.0.0.1", "--port", port,
+    ]  # fmt: skip
+    served = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until_healthy(served, port)
+        asking = {"max_tokens": 16, "temperature": 0}
+        text = _post(port, "completions", asking | {"prompt": tiny.text})["choices"][0]["text"]
+        assert text == tiny.answer
+        turns = [{"role": "system", "content": tiny.goal_text}, {"role": "user", "content": QUESTION}]
+        chat = _post(port, "chat/completions", asking | {"messages": turns})["choices"][0]["message"]["content"]
+        assert chat == tiny.answer
+    finally:
+        served.kill()
+        served.wait()
+
+
+def _wait_until_healthy(served: subprocess.Popen[bytes], port: int) -> None:
+    for _ in range(600):
+        assert served.poll() is None, f"the server ended with {served.returncode}"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the server does not answer")
+
+
+def _post(port: int, what: str, body: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{port}/v1/{what}"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60) as reply:
+        return json.load(reply)
+
+
+# --- killed and resumed ------------------------------------------------------------------------
 
 KILLS = 5
 

@@ -67,8 +67,8 @@ class TrainDisplay(TrainCallback):
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage: tuple[str, int] | None = None
-        self._n_steps = self._done = 0
-        self._began = 0.0
+        self._n_steps = 0
+        self._first: tuple[int, float] | None = None
 
     # --- before the steps ---
 
@@ -98,7 +98,7 @@ class TrainDisplay(TrainCallback):
             else:
                 console.say(line)
         console.say(f"run folder: {start.folder}")
-        self._n_steps, self._done, self._began = start.n_steps, start.done, self._clock()
+        self._n_steps = start.n_steps
         if self._live:
             self._open_bar(start)
 
@@ -119,10 +119,15 @@ class TrainDisplay(TrainCallback):
     # --- as it goes ---
 
     def _left(self, step: int) -> str:
-        made = step - self._done
-        return duration((self._clock() - self._began) / made * (self._n_steps - step)) if made else "?"
+        """Time left at the pace since this start's first step was done; unknown before its second."""
+        if self._first is None or step == self._first[0]:
+            return "?"
+        first, began = self._first
+        return duration((self._clock() - began) / (step - first) * (self._n_steps - step))
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._first is None:  # what came before, the reference pass and the first compilation, does not recur
+            self._first = step, self._clock()
         if self._bar is not None:
             shown = f"left {self._left(step)}  {figures(metrics, LIVE_FIGURES)}"
             self._bar.update(self._task, description="train", completed=step, figures=shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,12 +14,7 @@ import click
 from mlxpref import backends, blas
 from mlxpref.cli import console
 from mlxpref.errors import MlxprefError
-
-PACKAGES = (
-    "mlxpref", "mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "mkl", "numpy",
-    "transformers", "tokenizers", "datasets", "huggingface-hub", "torch", "peft", "trl",
-)  # fmt: skip
-"""Packages whose versions matter, in the order shown; those not installed are left out."""
+from mlxpref.facts import packages
 
 SLOW = 20.0
 """GFLOP/s under which a CPU is most likely on the reference BLAS."""
@@ -54,7 +48,7 @@ def gather(*, speed: bool = True) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": packages(),
         "memory_gb": {"system": _system_memory()},
         "device": {},
         "blas": {"library": None, "path": None, "said": "", "matmul_gflops": None},
@@ -85,13 +79,6 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["blas"]["matmul_gflops"] is not None:
         lines.append(("matmul (GFLOP/s)", f"{facts['blas']['matmul_gflops']:.1f}, float32, 1024 x 1024"))
     return lines
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _system_memory() -> float:

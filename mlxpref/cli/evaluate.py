@@ -28,7 +28,7 @@ EPILOG = """\b
 Example:
   mlxpref evaluate pairs.jsonl --adapter-path adapter
   mlxpref evaluate relabelled --adapter-path adapter --split test --json figures.json
-  mlxpref evaluate pairs.jsonl --model models/stories260K --per-row rows.jsonl
+  mlxpref evaluate pairs.jsonl --model mlx-community/Qwen3-0.6B-4bit --per-row rows.jsonl
 """
 
 

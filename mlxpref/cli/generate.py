@@ -15,6 +15,7 @@ import click
 
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, open_policy, policy_options
+from mlxpref.data.recipe import goal_words
 from mlxpref.data.tokenization import render_prompt
 from mlxpref.errors import UsageError
 from mlxpref.files import write_text
@@ -30,14 +31,13 @@ from mlxpref.generate import (
     text_question,
     with_system,
 )
-from mlxpref.records import Goal
 
 EPILOG = """\b
 Example:
   mlxpref generate "Tell me about owls." --adapter-path adapter
   mlxpref generate "Tell me about owls." --adapter-path adapter --goal 2 --goal 6 --goal 10
   mlxpref generate --file prompts.jsonl --adapter-path adapter --json answers.json
-  echo "Tell me about owls." | mlxpref generate --model models/stories260K
+  echo "Tell me about owls." | mlxpref generate --model mlx-community/Qwen3-0.6B-4bit
 """
 
 
@@ -181,12 +181,3 @@ class _Shown:
         if self.opened.has_adapter and not answer.adapter:
             words.append("base model")
         return ", ".join(words)
-
-
-def goal_words(goal: Goal | None) -> str:
-    """``goal 8``, ``goal honesty 9, helpfulness 8``, ``no goal``."""
-    if goal is None:
-        return "no goal"
-    if isinstance(goal, Mapping):
-        return "goal " + ", ".join(f"{name} {value:g}" for name, value in goal.items())
-    return f"goal {goal:g}"

@@ -21,6 +21,7 @@ Example:
   mlxpref inspect relabelled --model Qwen/Qwen3-0.6B
   mlxpref inspect relabelled --model Qwen/Qwen3-0.6B --max-length 512 --pick cut -n 5
   mlxpref inspect pairs.jsonl --model ./model --tokens
+  mlxpref inspect -c configs/qwen3-0.6b-ultrafeedback.yaml --split valid
 
 What stands between ⟦ and ⟧ (on a terminal: in green) is scored; everything before it is the prompt.
 """

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from mlxpref import backends
+from mlxpref.cli import console
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.relabelled import is_relabelled, read_relabelled
 from mlxpref.data.tokenization import load_tokenizer
@@ -93,6 +94,8 @@ def open_policy(
     room = backends.get(backend)
     if adapter_path is not None:
         policy = room.load_adapter(adapter_path, model_path=model, dtype=dtype)
+        for text in policy.notes:
+            console.warn(text)
     else:
         policy = room.load_policy(model, revision=revision, dtype=dtype, trainable=False)
     tokenizer = load_tokenizer(str(policy.path))

@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 from mlxpref.cli import console
-from mlxpref.data.folders import check_free
-from mlxpref.data.recipe import Recipe, format_number, resolve_carrier
+from mlxpref.data.recipe import Recipe, format_number, goal_words, resolve_carrier
 from mlxpref.data.relabel_sources import RelabelledSplits, relabel_sources
 from mlxpref.data.relabelled import is_relabelled, read_relabelled, write_relabelled
+from mlxpref.data.scale import MAX_DECIMALS
 from mlxpref.data.sources import SourceSpec, parse_columns
 from mlxpref.errors import DataError, UsageError
-from mlxpref.records import Conditioned, Goal
+from mlxpref.files import check_free
+from mlxpref.records import Conditioned
 
 EPILOG = """\b
 Example:
@@ -63,7 +64,7 @@ RECIPE_OPTIONS = (
     "--weight", multiple=True, type=float, help="Rows taken for each row of a source; once a source."
 )
 @click.option("--limit", type=click.IntRange(1), help="Rows read at most, of each source and split.")
-@click.option("--streaming", is_flag=True, help="Read a hub data set row by row, without a copy on disk.")
+@click.option("--streaming", is_flag=True, help="Read a hub data set or Parquet row by row, with no copy on disk.")
 @click.option(
     "--model", metavar="PATH", help="Ask this model's chat template where a goal can stand; preview with it."
 )
@@ -97,7 +98,7 @@ RECIPE_OPTIONS = (
 )
 @click.option(
     "--number-format",
-    type=click.IntRange(0, 6),
+    type=click.IntRange(0, MAX_DECIMALS),
     metavar="DECIMALS",
     help="Always so many decimals; by default 8, 8.5, 7.25 as they come.",
 )
@@ -172,6 +173,7 @@ def command(context: click.Context, source: tuple[str, ...], **options: Any) -> 
             result.recipe,
             file_format=options["file_format"],
             counts=result.counts,
+            written_with=result.options,
             overwrite=options["overwrite"],
         )
         console.say(f"written to {out}")
@@ -262,12 +264,10 @@ def _tokenizer(model: str | None) -> Any:
 
 def report(result: RelabelledSplits) -> None:
     """The recipe in a line or two, a row a split, each reason rows were dropped for, and what to look at."""
-    recipe = result.recipe
-    low, high = (format_number(bound) for bound in recipe.goal_range)
-    maps = {m.kind for m in (recipe.attribute_mappings.values() if recipe.attributes else [recipe.mapping])}
-    taken = "taken as they are" if maps == {"identity"} else f"mapped ({', '.join(sorted(maps))})"
-    console.say(f"goals {low} to {high}, scores {taken}; the top to ask for: {goal_words(recipe.top_goal)}")
-    console.say(recipe.goal_text(recipe.top_goal).replace("\n", "\n  ").join(("  ", "")))
+    if result.recipe is None:
+        console.say("no goals: every example is plain")
+    else:
+        _report_recipe(result.recipe)
     console.table(
         ("split", "examples", "dropped", "relabelled", "rows", "goals"),
         [_line(name, rows, result) for name, rows in result.splits.items()],
@@ -279,6 +279,14 @@ def report(result: RelabelledSplits) -> None:
         console.warn(note)
 
 
+def _report_recipe(recipe: Recipe) -> None:
+    low, high = (format_number(bound) for bound in recipe.goal_range)
+    maps = {m.kind for m in (recipe.attribute_mappings.values() if recipe.attributes else [recipe.mapping])}
+    taken = "taken as they are" if maps == {"identity"} else f"mapped ({', '.join(sorted(maps))})"
+    console.say(f"goals {low} to {high}, scores {taken}; by default asked for: {goal_words(recipe.top_goal)}")
+    console.say(recipe.goal_text(recipe.top_goal).replace("\n", "\n  ").join(("  ", "")))
+
+
 def _line(name: str, rows: Sequence[Conditioned], result: RelabelledSplits) -> tuple[Any, ...]:
     done = result.counts[f"relabel/{name}"]
     dropped = sum(done.dropped.values())
@@ -286,18 +294,9 @@ def _line(name: str, rows: Sequence[Conditioned], result: RelabelledSplits) -> t
     return name, done.kept + dropped, dropped, done.kept, len(rows), len(goals)
 
 
-def goal_words(goal: Goal | None) -> str:
-    """``8``, ``honesty 4, helpfulness 5``, or ``none``."""
-    if goal is None:
-        return "none"
-    if isinstance(goal, float | int):
-        return format_number(goal)
-    return ", ".join(f"{name} {format_number(value)}" for name, value in goal.items())
-
-
 def show(row: Conditioned, tokenizer: Any) -> None:
     """The exact text of a row: rendered as the model will read it where there is one, else turn by turn."""
-    console.say(f"\n===== {row.example_id} · half {row.half or 'none'} · goal {goal_words(row.goal)} =====")
+    console.say(f"\n===== {row.example_id} · half {row.half or 'none'} · {goal_words(row.goal)} =====")
     if tokenizer is not None:
         from mlxpref.data.tokenization import render_prompt
 

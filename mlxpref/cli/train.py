@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ Example:
 @click.option("--beta", metavar="X", help="The objective's beta.")
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), help="What trains.")
 @click.option("--num-layers", metavar="N", help="Layers that train, counted from the last; -1 for all.")
-@click.option("--init-from", "--resume-adapter-file", help="Adapter folder to start from.")
-@click.option("--iters", metavar="N", help="Optimiser steps; or")
+@click.option("--init-from", "--resume-adapter-file", help="Adapter folder to start from, or the file in it.")
+@click.option("--iters", metavar="N", help="Updates of the weights (mlx-lm: batches, accumulated or not); or")
 @click.option("--epochs", metavar="N", help="times each example is visited.")
 @click.option("--batch-size", metavar="N", help="Examples of one optimiser step, before accumulation.")
 @click.option("--grad-accumulation-steps", metavar="N", help="Batches added up before each update.")
@@ -141,10 +141,26 @@ def _from_flags(flags: Mapping[str, Any], relabel: bool | None) -> Iterator[tupl
     for flag, key in FLAGS.items():
         value = flags[flag]
         if value is not None:
-            yield key, (_columns(value) if flag == "columns" else value)
+            yield key, READ[flag](value) if flag in READ else value
 
 
 def _columns(text: str) -> dict[str, str]:
     from mlxpref.data.sources import parse_columns
 
     return parse_columns(text)
+
+
+def _adapter_folder(path: str) -> str:
+    """The folder of mlx-lm's ``adapters.safetensors``; UsageError for another file of weights."""
+    if Path(path).name == "adapters.safetensors":
+        return str(Path(path).parent)
+    if path.endswith(".safetensors"):
+        raise UsageError(
+            f"{path}: an adapter is read as a folder of adapters.safetensors and adapter_config.json; copy the "
+            "two there under these names and name the folder"
+        )
+    return path
+
+
+READ: Mapping[str, Callable[[str], Any]] = {"columns": _columns, "init_from": _adapter_folder}
+"""Flags whose text is more than a value of their key."""

@@ -39,12 +39,14 @@ class Draft:
         prompt: messages before the response.
         answers: in a pair the chosen one first.
         score: name of the score in ``Answer.score``, higher is better; None for unscored data.
+        scales: the lowest and highest value a score can have, by its name, where the format fixes it.
         pair: an answer that cannot be used takes the whole row with it; in a list only itself.
     """
 
     prompt: list[Message]
     answers: list[Answer]
     score: str | None
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     pair: bool = False
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,8 @@ SCORES = ("score", "overall_score", "rating", "reward")
 TEXTS = ("text", "content", "response", "answer", "completion", "output")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ULTRAFEEDBACK = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+RATED = dict.fromkeys((*ULTRAFEEDBACK, "fine_grained_score", "avg_fine_score"), (1.0, 5.0))
+"""The scale of UltraFeedback's ratings and of their means."""
 
 
 # --- lists of responses --------------------------------------------------------------------------
@@ -43,7 +46,7 @@ def ultrafeedback(row: Row, columns: frozenset[str]) -> Draft:
         if "fine-grained_score" in item:
             ratings["fine_grained_score"] = item["fine-grained_score"]
         answers.append(Answer(response(item.get("response")), item.get("overall_score"), ratings, refused))
-    return Draft(conversation(row["prompt"]), answers, "overall_score")
+    return Draft(conversation(row["prompt"]), answers, "overall_score", {"overall_score": (1, 10), **RATED})
 
 
 def _ratings(notes: Any) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def nectar(row: Row, columns: frozenset[str]) -> Draft:
     """Ranked answers, rank 1 the best, as in Nectar: of K answers, rank r has the score K + 1 - r."""
     items = records(row["answers"])
     answers = [Answer(text_of(item), _reversed(item.get("rank"), len(items))) for item in items]
-    return Draft(conversation(row["prompt"]), answers, "rank")
+    return Draft(conversation(row["prompt"]), answers, "rank", {"rank": (1, len(items))})
 
 
 def _reversed(rank: Any, n: int) -> Any:
@@ -86,8 +89,8 @@ def helpsteer2(row: Row, columns: frozenset[str]) -> Draft:
         Answer(response(item.get("response")), item.get(score), {name: item.get(name) for name in names})
         for item in row["rows"]
     ]
-    prompt = row["prompt"]
-    return Draft(helpsteer_turns(prompt) if isinstance(prompt, str) else conversation(prompt), answers, score)
+    prompt = helpsteer_turns(row["prompt"]) if isinstance(row["prompt"], str) else conversation(row["prompt"])
+    return Draft(prompt, answers, score, dict.fromkeys(HELPSTEER, (0, 4)))
 
 
 @data_format("scored-list", needs=("prompt", "responses"), takes=("scores",))
@@ -154,7 +157,7 @@ def seed(row: Row, columns: frozenset[str]) -> Draft:
         fine = named.pop(f"fine_grain_score_{side}", None)
         if isinstance(fine, Sequence) and len(fine) == len(ULTRAFEEDBACK):
             named |= {f"{name}_{side}": value for name, value in zip(ULTRAFEEDBACK, fine, strict=True)}
-    return preference(named, columns.union(named))
+    return replace(preference(named, columns.union(named)), scales={"score": (1, 10), **RATED})
 
 
 @data_format(
@@ -165,7 +168,7 @@ def seed(row: Row, columns: frozenset[str]) -> Draft:
 )
 def ultrafeedback_binarized(row: Row, columns: frozenset[str]) -> Draft:
     """UltraFeedback in pairs: a text prompt beside message lists that begin with it, scores 1–10."""
-    return preference(row, columns)
+    return replace(preference(row, columns), scales={"score": (1, 10)})
 
 
 @data_format("preference", needs=("prompt", "chosen", "rejected"), takes=_PAIR_COLUMNS)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from mlxpref.data.scale import IDENTITY, Range, ScoreMap, check_range
+from mlxpref.data.scale import IDENTITY, MAX_DECIMALS, Range, ScoreMap, check_range
 from mlxpref.errors import DataError, ScoreError, UsageError
 from mlxpref.records import Goal, Message, Prompt, Scored
 
@@ -52,6 +52,14 @@ def format_number(value: float, decimals: int | None = None) -> str:
     if decimals is not None:
         return f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no "-0"
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def goal_words(goal: Goal | None) -> str:
+    """For people: ``goal 8.5``, ``goal honesty 4, helpfulness 5``, ``no goal``."""
+    if goal is None:
+        return "no goal"
+    named = goal.items() if isinstance(goal, Mapping) else [("", goal)]
+    return "goal " + ", ".join(f"{name} {format_number(value)}".strip() for name, value in named)
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.carrier not in ("system", "first_user"):
             raise UsageError(f"unknown carrier {self.carrier!r}; one of system, first_user")
-        if self.number_format is not None and not 0 <= self.number_format <= 15:
-            raise UsageError(f"the number format is a count of decimals, 0 to 15, not {self.number_format}")
+        if self.number_format is not None and not 0 <= self.number_format <= MAX_DECIMALS:
+            raise UsageError(
+                f"the number format is a count of decimals, 0 to {MAX_DECIMALS}, not {self.number_format}"
+            )
         check_range("the goal range", self.goal_range)
         if any(self._round(bound) != bound for bound in self.goal_range):
             raise UsageError(

@@ -15,7 +15,7 @@ import math
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from multiprocessing.reduction import ForkingPickler
@@ -103,9 +103,7 @@ def relabel(
             return (_arrange(_Row(example, scores), example.prompt, falling),)
         orders = _orders(goals, falling)
         return tuple(
-            _condition(_Row(example, scores), recipe, goal, order, half)
-            for goal, order, half in orders
-            if halves in ("both", half)
+            _condition(_Row(example, scores), recipe, order) for order in orders if halves in ("both", order.half)
         )
     except ScoreError as error:
         return Dropped(OFF_SCALE, example.example_id, str(error))
@@ -132,10 +130,18 @@ def _falling(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted(range(len(scores)), key=lambda i: -scores[i]))
 
 
-def _orders(
-    goals: Sequence[tuple[float, ...]], falling: Sequence[int]
-) -> Iterator[tuple[tuple[float, ...], tuple[int, ...], Half]]:
-    """(goal, order of the responses under it, half) for each distinct goal, the best response's first.
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A goal; places in the source of the responses under it; squared distances (K,) to it, so placed."""
+
+    goal: tuple[float, ...]
+    places: tuple[int, ...]
+    distances: tuple[float, ...]
+    half: Half
+
+
+def _orders(goals: Sequence[tuple[float, ...]], falling: Sequence[int]) -> Iterator[_Order]:
+    """The order under each distinct goal, the best response's first.
 
     Only a tie that is kept has one goal; its halves are its two orders."""
     distinct = list(dict.fromkeys(goals[i] for i in falling))
@@ -143,17 +149,17 @@ def _orders(
         # Rounded, so that float noise does not decide between two equal distances.
         far = [round(math.dist(goal, own) ** 2, 9) for own in goals]
         order = tuple(sorted(range(len(goals)), key=far.__getitem__))
-        yield goal, order, "chosen" if goal == goals[falling[0]] else "rejected"
+        yield _Order(goal, order, tuple(sorted(far)), "chosen" if goal == goals[falling[0]] else "rejected")
     if len(distinct) == 1:
-        yield distinct[0], tuple(reversed(falling)), "rejected"
+        yield _Order(distinct[0], tuple(reversed(falling)), (0.0,) * len(goals), "rejected")
 
 
-def _condition(
-    row: _Row, recipe: Recipe, own: tuple[float, ...], order: Sequence[int], half: Half
-) -> Conditioned:
-    goal: Goal = dict(zip(recipe.attributes, own, strict=True)) if recipe.attributes else own[0]
+def _condition(row: _Row, recipe: Recipe, order: _Order) -> Conditioned:
+    several = bool(recipe.attributes)
+    goal: Goal = dict(zip(recipe.attributes, order.goal, strict=True)) if several else order.goal[0]
     prompt, text = recipe.write(row.example.prompt, goal)
-    return _arrange(row, prompt, order, goal, text, half)
+    found = _arrange(row, prompt, order.places, goal, text, order.half)
+    return replace(found, distances=order.distances) if several else found
 
 
 def _arrange(

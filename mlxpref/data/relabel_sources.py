@@ -1,14 +1,18 @@
-"""Sources in, relabelled splits out: read, part by prompt, fit the recipe once, relabel each split."""
+"""Sources in, conditioned splits out: read, part by prompt, fit the recipe once, relabel each split.
+
+The one pipeline of `mlxpref relabel` and of training. What a split is read from is chosen before it,
+by :func:`own_splits` or by the configuration of a run.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from mlxpref.data.recipe import Recipe
-from mlxpref.data.relabel import check_options, fit_recipe, relabel_all, split_by_prompt
+from mlxpref.data.recipe import OVERALL, Recipe
+from mlxpref.data.relabel import check_options, fit_recipe, relabel_all, split_by_prompt, unconditioned
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source, read_source
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Conditioned, Counts, Scored
@@ -22,15 +26,18 @@ class RelabelledSplits:
 
     Attributes:
         splits: split → rows, halves of one example together.
-        recipe: as fitted on the training examples, or as given.
+        recipe: as fitted on the training examples, or as given; None if no row states a goal.
         counts: ``read/train``, ``relabel/train``, …: examples kept and dropped.
         notes: what the user should look at, a sentence each.
+        options: what the rows were made from and with, JSON-safe: "sources", "seed", and the options of
+            ``relabel_all`` that were given.
     """
 
     splits: dict[str, list[Conditioned]]
-    recipe: Recipe
+    recipe: Recipe | None
     counts: dict[str, Counts]
     notes: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def relabel_sources(
@@ -43,77 +50,103 @@ def relabel_sources(
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> RelabelledSplits:
-    """Relabel data from where they lie.
+    """Relabel data from where they lie: :func:`relabel_splits` of each source's own splits.
 
     Args:
         specs: one source or several, mixed by weight. Without a ``split`` each source's train, valid
             and test are all taken.
-        recipe: one to use as it is, or the arguments to fit one with.
-        fractions: parts of the training data to hold out, by prompt, before anything is relabelled.
-        strict: a row that cannot be used, in reading or relabelling, is an error.
         say: gets what was detected, a line at a time.
-        options: halves, ties, min_gap, plain_share and num_proc of
-            :func:`mlxpref.data.relabel.relabel_all`.
-
-    Raises:
-        UsageError: options out of range, or a fraction for a split the data have themselves.
-        DataError: see :func:`mlxpref.data.sources.read_source`; ScoreError: nothing is scored.
     """
     check_options(**options)
-    examples, counts = _read(specs, strict=strict, seed=seed, say=say)
-    if fractions:
-        examples = _held_out(examples, fractions, seed)
-    fitted_on = examples.get("train") or next(iter(examples.values()))
-    fitted = recipe if isinstance(recipe, Recipe) else fit_recipe(fitted_on, **recipe)
-    if all(example.scores is None and not example.attributes for example in fitted_on):
-        raise ScoreError(
-            "the data have no scores, so there is no goal to write (name their column with --score)"
-        )
-    rows: dict[str, list[Conditioned]] = {}
-    empty = []
-    for name, found in examples.items():
-        rows[name], counts[f"relabel/{name}"] = relabel_all(
-            found, fitted, strict=strict, seed=seed, **options
-        )
-        if not rows[name]:
-            empty += [f"{name}: {line}" for line in counts[f"relabel/{name}"].lines()]
-    raise_all(empty, DataError, "no row is left of a split:")
-    every = [example for found in examples.values() for example in found]
-    notes = [*_notes(every), *(() if isinstance(recipe, Recipe) else _scale_notes(every, fitted))]
-    return RelabelledSplits(rows, fitted, counts, tuple(notes))
-
-
-def _read(
-    specs: Sequence[SourceSpec], *, strict: bool, seed: int, say: Callable[[str], None]
-) -> tuple[dict[str, list[Scored]], dict[str, Counts]]:
-    """split → examples, ``read/split`` → counts."""
     opened = [open_source(spec) for spec in specs]
     for line in (line for source in opened for line in source.said):
         say(line)
+    return relabel_splits(
+        own_splits(opened), recipe, fractions=fractions, strict=strict, seed=seed, **options
+    )
+
+
+def own_splits(opened: Sequence[Source]) -> dict[str, list[Source]]:
+    """Split → the sources to read it from: of each source the split that was asked for, else all it has."""
     wanted: dict[str, list[Source]] = {}
     for source in opened:
         for name in _splits_of(source):
-            wanted.setdefault(name, []).append(_at(source, name))
-    examples, counts = {}, {}
-    for name in (split for split in SPLITS if split in wanted):
-        examples[name], counts[f"read/{name}"] = read_source(wanted[name], strict=strict, seed=seed)
-    return examples, counts
+            wanted.setdefault(name, []).append(at_split(source, name))
+    return wanted
 
 
 def _splits_of(source: Source) -> list[str]:
-    """Our names of the splits to take from a source: the one it was opened at, or all it has."""
     own = [name for name in SPLITS if find_split(name, (source.split,))] or ["train"]
     if source.spec.split is not None:
         return own
     return [name for name in SPLITS if find_split(name, source.splits)] or own
 
 
-def _at(source: Source, name: str) -> Source:
-    """The source, opened at its split of this name."""
+def at_split(source: Source, name: str) -> Source:
+    """The source, opened at its split of this name; as it is if it was asked for another, or has none."""
     there = find_split(name, source.splits)
     if source.spec.split is not None or there in (None, source.split):
         return source
     return open_source(dataclasses.replace(source.spec, split=there))
+
+
+def relabel_splits(
+    wanted: Mapping[str, Sequence[Source]],
+    recipe: Recipe | Mapping[str, Any] | None,
+    *,
+    fractions: Mapping[str, float] | None = None,
+    strict: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> RelabelledSplits:
+    """Read each split, hold out what is asked, fit the recipe on the training examples, relabel.
+
+    Args:
+        wanted: split → its sources, mixed by weight.
+        recipe: one to use as it is, or the arguments to fit one with; None leaves every row without a goal.
+        fractions: parts of the training data to hold out, by prompt, before anything is relabelled.
+        strict: a row that cannot be used, in reading or relabelling, is an error.
+        options: halves, ties, min_gap, plain_share and num_proc of
+            :func:`mlxpref.data.relabel.relabel_all`.
+
+    Raises:
+        UsageError: options out of range, or a fraction for a split the data have themselves.
+        DataError: see :func:`mlxpref.data.sources.read_source`, or no row is left of a split.
+        ScoreError: nothing is scored, or the sources' scores are on different scales.
+    """
+    check_options(**options)
+    fitted = _with_scale(recipe, wanted) if isinstance(recipe, Mapping) else recipe
+    examples: dict[str, list[Scored]] = {}
+    counts: dict[str, Counts] = {}
+    for name in (split for split in SPLITS if split in wanted):
+        examples[name], counts[f"read/{name}"] = read_source(wanted[name], strict=strict, seed=seed)
+    if fractions:
+        examples = _held_out(examples, fractions, seed)
+    stored = {"sources": _described(wanted), "seed": seed}
+    if fitted is None:
+        plain = {name: [unconditioned(example) for example in found] for name, found in examples.items()}
+        return RelabelledSplits(plain, None, counts, (), stored)
+    used = _fit(examples.get("train") or next(iter(examples.values())), fitted)
+    rows: dict[str, list[Conditioned]] = {}
+    for name, found in examples.items():
+        rows[name], counts[f"relabel/{name}"] = relabel_all(found, used, strict=strict, seed=seed, **options)
+    lines = [
+        f"{name}: {line}" for name in rows if not rows[name] for line in counts[f"relabel/{name}"].lines()
+    ]
+    raise_all(lines, DataError, "no row is left of a split:")
+    every = [example for found in examples.values() for example in found]
+    notes = (*_notes(every), *(_scale_notes(every, used) if isinstance(recipe, Mapping) else ()))
+    plain_only = options.get("plain_share") == 1
+    kept = {name: value for name, value in options.items() if name != "num_proc"}
+    return RelabelledSplits(rows, None if plain_only else used, counts, notes, stored | kept)
+
+
+def _fit(examples: Sequence[Scored], recipe: Recipe | Mapping[str, Any]) -> Recipe:
+    if all(example.scores is None and not example.attributes for example in examples):
+        raise ScoreError(
+            "the data have no scores, so there is no goal to write (name their column with --score)"
+        )
+    return recipe if isinstance(recipe, Recipe) else fit_recipe(examples, **recipe)
 
 
 def _held_out(
@@ -127,6 +160,46 @@ def _held_out(
         )
     rest = {name: rows for name, rows in examples.items() if name != "train"}
     return split_by_prompt(examples["train"], fractions=fractions, seed=seed) | rest
+
+
+def _described(wanted: Mapping[str, Sequence[Source]]) -> list[dict[str, Any]]:
+    """What each split was read from: what was asked of the source, and the name of the split there."""
+    given = [(source.spec, source.split) for sources in wanted.values() for source in sources]
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(SourceSpec)}
+    return [
+        {key: getattr(spec, key) for key in defaults if getattr(spec, key) != defaults[key]} | {"split": split}
+        for spec, split in given
+    ]
+
+
+# --- scales ---
+
+
+def _with_scale(arguments: Mapping[str, Any], wanted: Mapping[str, Sequence[Source]]) -> Mapping[str, Any]:
+    """Arguments of ``fit_recipe`` whose score range, if none is given, is the one the formats declare."""
+    if arguments.get("score_range") is not None:
+        return arguments
+    names = [name for name in arguments.get("attributes") or () if name != OVERALL]
+    sources = [source for found in wanted.values() for source in found]
+    scales = {
+        (source.spec.path, name): source.scales.get(name) if name else source.scale
+        for source in sources
+        for name in names or [None]
+    }
+    distinct = set(scales.values())
+    if None in distinct or not distinct:
+        return arguments
+    if len(distinct) > 1:
+        listed = "; ".join(
+            f"{path}{f', {name}' if name else ''}: {scale[0]:g}-{scale[1]:g}"
+            for (path, name), scale in scales.items()
+            if scale
+        )
+        raise ScoreError(
+            f"scores on different scales cannot share a map ({listed}): bring them to one scale first, or "
+            "declare one score_range that is true of all"
+        )
+    return {**arguments, "score_range": next(iter(distinct))}
 
 
 def _notes(examples: Sequence[Scored]) -> Iterator[str]:
@@ -148,7 +221,7 @@ def _scale_notes(examples: Sequence[Scored], recipe: Recipe) -> Iterator[str]:
     if recipe.score_range is not None:
         return
     scale = "the prompt's scale, {:g}-{:g}".format(*recipe.goal_range)
-    remedy = "if their scale is another, say so: --score-range LOW HIGH"
+    remedy = "if their scale is another, declare it (score_range: LOW HIGH)"
     maps = recipe.attribute_mappings or {"score": recipe.mapping}
     for name, fitted in maps.items():
         if fitted.kind == "affine":

@@ -4,8 +4,9 @@ A folder holds ``recipe.json`` (the recipe, the counts, which file is which spli
 Parquet file for each split. Its columns: ``prompt``, ``chosen``, ``rejected`` (message lists),
 ``goal``, ``goal_text``, ``half``, ``score_chosen``, ``score_rejected`` (goal units), ``example_id``;
 with lists of more than two also ``responses`` (message lists, best first) and ``scores``, where
-``chosen`` and ``rejected`` are the best and the worst; then ``attributes`` and extras by name. Every
-row has every column, so that a reader may infer types from any of them.
+``chosen`` and ``rejected`` are the best and the worst; with goals of several attributes also
+``distances`` (squared, to the goal); then ``attributes`` and extras by name. Every row has every
+column, so that a reader may infer types from any of them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxpref.data.folders import folder_aside
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.rowfiles import parquet_schema, read_rows, write_jsonl, write_parquet
 from mlxpref.errors import DataError, UsageError
+from mlxpref.files import folder_aside
 from mlxpref.records import Conditioned, Counts, Message
 
 MARK = "mlxpref_relabelled"
@@ -31,7 +32,7 @@ FileFormat = Literal["jsonl", "parquet"]
 
 FIXED = (
     "prompt", "chosen", "rejected", "responses", "goal", "goal_text", "half", "score_chosen",
-    "score_rejected", "scores", "example_id", "attributes",
+    "score_rejected", "scores", "example_id", "attributes", "distances",
 )  # fmt: skip
 
 
@@ -43,6 +44,8 @@ class Relabelled:
         recipe: how its goals were written; None if it holds unconditioned rows only.
         splits: split → file.
         counts: as stored: rows kept and dropped, with reasons.
+        options: the arguments of ``relabel_all`` it was written with (halves, ties, min_gap, plain_share,
+            seed) and its "sources"; empty if whoever wrote it did not say.
         extras: extra column → "response" if it has one entry a response, else "prompt".
     """
 
@@ -52,6 +55,7 @@ class Relabelled:
     counts: Mapping[str, Any]
     extras: Mapping[str, str]
     rows: Mapping[str, int]
+    options: Mapping[str, Any]
 
     def read(self, split: str = "train") -> list[Conditioned]:
         """Every row of a split. DataError if there is no such split, or its file is damaged."""
@@ -99,12 +103,13 @@ def read_relabelled(folder: str | Path) -> Relabelled:
         rows = {name: int(entry["rows"]) for name, entry in card["splits"].items()}
         recipe = None if card["recipe"] is None else Recipe.from_dict(card["recipe"])
         found_extras, counts = dict(card["extras"]), dict(card["counts"])
+        options = dict(card.get("options", {}))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
         raise DataError(f"{path} names files that are not there: {', '.join(missing)}")
-    return Relabelled(folder, recipe, files, counts, found_extras, rows)
+    return Relabelled(folder, recipe, files, counts, found_extras, rows, options)
 
 
 def write_relabelled(
@@ -114,6 +119,7 @@ def write_relabelled(
     *,
     file_format: FileFormat = "jsonl",
     counts: Counts | Mapping[str, Counts] | None = None,
+    written_with: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a folder of relabelled data: all of it, or nothing.
@@ -122,6 +128,7 @@ def write_relabelled(
         folder: must be free; with ``overwrite`` relabelled data there are replaced.
         splits: train, valid, test, …: rows; each split is one file, in order.
         counts: what was kept and dropped on the way, of all or by stage.
+        written_with: what :attr:`Relabelled.options` is to hold, JSON-safe.
 
     Raises:
         RunError: the folder is occupied or cannot be written.
@@ -141,6 +148,7 @@ def write_relabelled(
             name: {"file": f"{name}.{file_format}", "rows": len(rows)} for name, rows in splits.items()
         },
         "extras": layout.extras,
+        "options": dict(written_with or {}),
     }
     replaceable = is_relabelled if overwrite else None
     schema = None if file_format == "jsonl" else _schema(chain.from_iterable(splits.values()), layout)
@@ -173,6 +181,7 @@ class _Layout:
     def columns(self) -> tuple[str, ...]:
         absent = set() if self.lists else {"responses", "scores"}
         absent |= set() if self.attributes else {"attributes"}
+        absent |= set() if self.goals else {"distances"}
         return (*(name for name in FIXED if name not in absent), *self.extras)
 
 
@@ -217,6 +226,7 @@ def _to_row(row: Conditioned, layout: _Layout) -> dict[str, Any]:
         "responses": turns,
         "scores": scores,
         "attributes": {name: own.get(name) for name in layout.attributes},
+        "distances": None if row.distances is None else list(row.distances),
     }
     return {name: values[name] for name in layout.columns}
 
@@ -241,6 +251,7 @@ def _from_row(row: Mapping[str, Any], extras: Mapping[str, str]) -> Conditioned:
             for name, values in (row.get("attributes") or {}).items()
             if values is not None
         },
+        distances=None if row.get("distances") is None else tuple(map(float, row["distances"])),
         extras={
             name: tuple(v) if extras[name] == "response" and isinstance(v, list) else v
             for name, v in found.items()
@@ -265,6 +276,7 @@ def _schema(rows: Iterable[Conditioned], layout: _Layout) -> Any:
         "score_chosen": number,
         "score_rejected": number,
         "scores": pa.list_(number),
+        "distances": pa.list_(number),
         "example_id": text,
         "attributes": pa.struct([(name, pa.list_(number)) for name in layout.attributes]),
     }

@@ -20,6 +20,12 @@ from mlxpref.errors import DataError, ScoreError, UsageError
 MapKind = Literal["identity", "affine", "quantile"]
 Range = tuple[float, float]
 
+NEAR_TOP = 0.2
+"""Scores nobody declared a scale for are on the goals' if the highest is within this share of their top."""
+
+MAX_DECIMALS = 15
+"""Most decimals a goal is written with: what a float64 holds."""
+
 MAX_KNOTS = 101
 """A rank map keeps at most this many points: one a percentile."""
 
@@ -91,8 +97,9 @@ def fit_map(scores: Sequence[float], *, kind: str, score_range: Range | None, go
         scores: finite numbers, at least one.
         kind: "identity"; "affine": the score range (declared, else as seen) onto the goal range;
             "quantile": by rank, the lowest score seen to the low end, the highest to the high end;
-            "auto": the identity where the (declared, else seen) range lies on the goal scale
-            already, else affine.
+            "auto": the identity if the declared scale is the goals', or, with none declared, the scores
+            seen lie on it and reach nearly to its top; else affine. Stars 1-5 are on 1-10, and yet
+            their best must not become a middling goal.
         score_range: the scale the scores are on, where it is known.
         goal_range: the scale the prompt names.
 
@@ -106,8 +113,9 @@ def fit_map(scores: Sequence[float], *, kind: str, score_range: Range | None, go
         raise ScoreError("no score to fit a map on: the data have none (name their column with --score)")
     seen = min(scores), max(scores)
     if kind == "auto":
-        inside = goal_range[0] <= seen[0] and seen[1] <= goal_range[1]
-        kind = "identity" if score_range == goal_range or (score_range is None and inside) else "affine"
+        low, high = goal_range
+        fills = low <= seen[0] and high - NEAR_TOP * (high - low) < seen[1] <= high
+        kind = "identity" if score_range == goal_range or (score_range is None and fills) else "affine"
     if kind == "identity":
         return IDENTITY
     decimals = goal_decimals(goal_range)

@@ -20,6 +20,7 @@ from mlxpref.data.drafts import ALIASES, CARRIED, Draft, Format, as_number
 from mlxpref.data.formats import FORMATS, get_format
 from mlxpref.data.messages import Unusable
 from mlxpref.data.readers import Rows
+from mlxpref.data.scale import Range
 from mlxpref.data.tables import SourceSpec, Table, find_split, open_table
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Counts, Dropped, Message, Scored
@@ -31,8 +32,6 @@ PEEK = 100
 
 STRICT_SHOWN = 10
 """Problems listed by a strict reading."""
-
-STRICT_SHOWN = 10
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -146,6 +145,7 @@ class Source:
     Attributes:
         spec: what was asked for.
         format: name of the format.
+        scales: lowest and highest possible value, in the data's units, of each score whose format fixes them.
         said: what was detected, in words, a line each.
         split, splits: the split that is read; all there are.
     """
@@ -161,8 +161,14 @@ class Source:
         self.spec, self.format = spec, form.name
         self.split, self.splits = table.split, table.splits
         self._table, self._format, self._columns, self._present = table, form, columns, present
+        self.scales: dict[str, Range] = {}
         self._score, attributes = self._peek()
         self.said = tuple(self._describe(attributes))
+
+    @property
+    def scale(self) -> Range | None:
+        """The scale of the score, in the data's units; None where the format fixes none."""
+        return self.scales.get(self._score or "")
 
     def __iter__(self) -> Iterator[Scored | Dropped]:
         return self.read(set())
@@ -217,7 +223,7 @@ class Source:
     # --- detection ---
 
     def _peek(self) -> tuple[str | None, list[str]]:
-        """Name of the score and the attributes, as the first readable rows have them.
+        """Name of the score and the attributes, as the first readable rows have them; notes the scales.
 
         Raises:
             UsageError: the score asked for is not among them.
@@ -230,6 +236,9 @@ class Source:
             except Unusable:
                 continue
             default = default or draft.score
+            for name, (low, high) in draft.scales.items():
+                known = self.scales.get(name, (low, high))
+                self.scales[name] = float(min(low, known[0])), float(max(high, known[1]))
             names |= dict.fromkeys(
                 name
                 for answer in draft.answers
@@ -255,7 +264,8 @@ class Source:
         if self._score is None:
             yield "no scores: the pairs are unscored, and can only be trained on without goals"
         else:
-            yield f"score: {self._score}, higher is better"
+            scale = "" if self.scale is None else ", on a scale of {:g}-{:g}".format(*self.scale)
+            yield f"score: {self._score}, higher is better{scale}"
         if attributes:
             yield f"attributes: {', '.join(attributes)}"
 

@@ -31,7 +31,8 @@ class SourceSpec:
         score: which score is *the* score, where the data have several; None takes the format's.
         weight: rows taken for each row the source has: 1 every row once, 0.5 a random half, 2.5 every
             row twice and a random half a third time.
-        streaming: read a hub data set or Parquet row by row and keep no copy in the ``datasets`` cache.
+        streaming: read a hub data set or Parquet row by row and keep no copy in the ``datasets`` cache;
+            other files are read row by row anyway.
         limit: examples read at most, dropped ones included.
 
     Raises:
@@ -149,6 +150,7 @@ def _split_of(file: Path) -> str:
 
 def _folder_table(folder: Path, spec: SourceSpec) -> Table:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        _check_streaming(spec, "a saved data set")
         return _dataset_table(_saved(folder), folder.name, spec.split)
     splits = _split_files(folder)
     split = pick_split(spec.split, tuple(splits), str(folder))
@@ -189,12 +191,18 @@ def _files_table(
         paths = [str(file) for file in files]
         data = _datasets_load("parquet", data_files=paths, split="train", streaming=spec.streaming)
         return _rows_table(data, name, split, splits)
+    _check_streaming(spec, f"a {ending(files[0])} file")
 
     def rows() -> Rows:
         for file in files:
             yield from READERS[ending(file)](file)
 
     return Table(name, split, splits, rows)
+
+
+def _check_streaming(spec: SourceSpec, kind: str) -> None:
+    if spec.streaming:
+        raise UsageError(f"{spec.path} is {kind}: --streaming is for Parquet and data sets of the hub")
 
 
 # --- through `datasets` --------------------------------------------------------------------------

@@ -14,10 +14,9 @@ are counted under a note.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -32,12 +31,7 @@ __all__ = ["encode_prompt", "load_tokenizer", "render_prompt", "tokenize", "toke
 Truncation = Literal["cut", "drop"]
 
 _AT_ONCE = 256
-"""Examples whose texts are encoded in one call."""
-
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-
-_NUMBERS = 32
-"""Tokens by which two goals in the same words may differ; rows shorter by that need no closer look."""
+"""Examples whose texts are encoded in one call; halves of one source are not parted."""
 
 NO_PREFIX = "the template rewrites a finished turn; the prompt is the longest common prefix"
 PROMPT_CUT = "prompt cut to fit max_length"
@@ -61,6 +55,7 @@ def tokenize(
     max_length: int = 1024,
     max_prompt_length: int | None = None,
     truncation: Truncation = "cut",
+    goal_texts: Collection[str] = (),
 ) -> Tokenized | Dropped:
     """Tokens of one example.
 
@@ -72,6 +67,8 @@ def tokenize(
             only then the responses; half of ``max_length`` by default.
         truncation: "cut": the middle of the prompt's body, never its goal, then the tails of the
             responses, of which at least one token stays. "drop": a row that is too long is dropped.
+        goal_texts: of all halves of the source, among which the longest decides what fits, so that
+            they stay alike in all but the goal.
 
     Returns:
         The tokens, or why there are none.
@@ -80,7 +77,7 @@ def tokenize(
         ConfigError: the lengths leave no room for a response, or ``truncation`` is neither.
     """
     limits = _Limits(max_length, max_prompt_length, truncation)
-    return _Reader(tokenizer).read(example, limits)
+    return _Reader(tokenizer).read(example, limits, goal_texts=goal_texts)
 
 
 def tokenize_all(
@@ -94,7 +91,7 @@ def tokenize_all(
 ) -> tuple[list[Tokenized], Counts]:
     """Tokens of all examples, in their order, and what was dropped and cut; else as :func:`tokenize`.
 
-    A column that holds whole numbers in some rows and fractions in others becomes fractions in all.
+    Neighbours of one ``example_id`` are halves of one source and are cut, or dropped, alike. A column that holds whole numbers in some rows and fractions in others becomes fractions in all.
 
     Raises:
         DataError: ``strict``, and a row was dropped.
@@ -105,10 +102,10 @@ def tokenize_all(
     rows: list[Tokenized] = []
     dropped: list[Dropped] = []
     counts = Counts()
-    remaining = iter(examples)
-    while chunk := list(islice(remaining, _AT_ONCE)):
+    for chunk in _chunks(examples):
+        alike = _goal_texts(chunk)
         for example, texts in zip(chunk, reader.prefetch(chunk), strict=True):
-            row = reader.read(example, limits, texts)
+            row = reader.read(example, limits, texts, alike[example.example_id])
             if isinstance(row, Dropped):
                 dropped.append(row)
                 counts.drop(row)
@@ -124,6 +121,26 @@ def tokenize_all(
     _note(counts, PROMPT_CUT, sum(row.prompt_cut > 0 for row in rows))
     _note(counts, RESPONSE_CUT, sum(any(row.response_cut) for row in rows))
     return _one_type_a_column(rows), counts
+
+
+def _chunks(examples: Iterable[Conditioned]) -> Iterator[list[Conditioned]]:
+    chunk: list[Conditioned] = []
+    for _, halves in groupby(examples, key=lambda example: example.example_id):
+        chunk += halves
+        if len(chunk) >= _AT_ONCE:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _goal_texts(examples: Iterable[Conditioned]) -> Mapping[str, frozenset[str]]:
+    """By id of the source, every text that states a goal of it."""
+    found: dict[str, frozenset[str]] = {}
+    for example in examples:
+        own = frozenset() if example.goal_text is None else frozenset({example.goal_text})
+        found[example.example_id] = found.get(example.example_id, frozenset()) | own
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +212,13 @@ class _Reader:
         self.encoder.prefetch(wanted)
         return found
 
-    def read(self, example: Conditioned, limits: _Limits, texts: _Texts | Dropped | None = None) -> Tokenized | Dropped:
+    def read(
+        self,
+        example: Conditioned,
+        limits: _Limits,
+        texts: _Texts | Dropped | None = None,
+        goal_texts: Collection[str] = (),
+    ) -> Tokenized | Dropped:
         where = example.example_id
         texts = texts or self._texts(example, example.prompt)
         if isinstance(texts, Dropped):
@@ -206,8 +229,10 @@ class _Reader:
         if not all(map(len, ids.responses)):
             return Dropped("response encodes to no token", where)
         fitted = ids
-        if len(ids.prompt) + ids.longest > limits.length - _NUMBERS:
-            cut = self._fit(example, ids, limits)
+        # No goal takes more tokens than it has bytes, so shorter rows fit whichever is written.
+        slack = max((len(text.encode()) for text in goal_texts), default=0)
+        if len(ids.prompt) + ids.longest > limits.length - slack:
+            cut = self._fit(example, ids, limits, goal_texts)
             if isinstance(cut, Dropped):
                 return cut
             fitted = cut
@@ -244,39 +269,37 @@ class _Reader:
             ids = ids[: len(ids) - 1 - ids[::-1].index(self.end.token)]
         return [*ids, self.end.token] if ids else []
 
-    def _fit(self, example: Conditioned, ids: _Ids, limits: _Limits) -> _Ids | Dropped:
+    def _fit(
+        self, example: Conditioned, ids: _Ids, limits: _Limits, goal_texts: Collection[str]
+    ) -> _Ids | Dropped:
         """Tokens within the limits: the prompt cut as far as the responses ask for but not below its own
         limit, then the responses' tails."""
         longest = ids.longest
-        counted = max(self._counted(example, example.prompt), len(ids.prompt))
+        goals = {example.goal_text, *goal_texts} if example.goal_text is not None else {None}
+        counted = max(self._counted(example, example.prompt, goals), len(ids.prompt))
         if counted + longest > limits.length and limits.truncation == "drop":
             return Dropped("longer than max_length", example.example_id)
         target = max(limits.prompt, limits.length - longest)
         if counted > target:
             prompt = cut_prompt(
-                example.prompt, example.goal_text, lambda prompt: self._counted(example, prompt) <= target
+                example.prompt, example.goal_text, lambda prompt: self._counted(example, prompt, goals) <= target
             )
             texts = self._texts(example, prompt)
             if isinstance(texts, Dropped):
                 return texts
             ids = self._ids(texts)
-            counted = max(self._counted(example, prompt), len(ids.prompt))
+            counted = max(self._counted(example, prompt, goals), len(ids.prompt))
         room = limits.length - counted
         if room < 1:
             return Dropped("prompt longer than max_length even when cut", example.example_id)
         return _Ids(ids.prompt, [response[:room] for response in ids.responses])
 
-    def _counted(self, example: Conditioned, prompt: Prompt) -> int:
-        """Tokens of a prompt as if every goal were equally long to write, so that both halves of a
-        source are cut at the same place and still differ in nothing but the number."""
-        goal = example.goal_text
-        if goal is not None:
-            at = next((at for at, message in enumerate(prompt) if goal in message.content), None)
-            if at is not None:
-                content = prompt[at].content.replace(goal, _NUMBER.sub("0000", goal), 1)
-                prompt = (*prompt[:at], replace(prompt[at], content=content), *prompt[at + 1 :])
-        text = render_prompt(prompt, self.tokenizer, tools=example.extras.get("tools"))
-        return len(_prompt_ids(self.encoder, text))
+    def _counted(self, example: Conditioned, prompt: Prompt, goals: Collection[str | None]) -> int:
+        """Tokens of a prompt with whichever of these goals takes most."""
+        tools = example.extras.get("tools")
+        stated = (_restated(prompt, example.goal_text, goal) for goal in goals)
+        texts = (render_prompt(one, self.tokenizer, tools=tools) for one in stated)
+        return max(len(_prompt_ids(self.encoder, text)) for text in texts)
 
     def _row(self, example: Conditioned, texts: _Texts, whole: _Ids, kept: _Ids) -> Tokenized | Dropped:
         if all(ids == kept.responses[0] for ids in kept.responses):
@@ -312,17 +335,39 @@ def _prompt_ids(encoder: Encoder, text: str) -> list[int]:
     return ids[:-1] if ended else ids
 
 
+def _restated(prompt: Prompt, goal: str | None, other: str | None) -> Prompt:
+    """The prompt with another goal in the place of its own."""
+    if goal is None or other is None or goal == other:
+        return prompt
+    at = next((at for at, message in enumerate(prompt) if goal in message.content), None)
+    if at is None:
+        return prompt
+    content = prompt[at].content.replace(goal, other, 1)
+    return (*prompt[:at], replace(prompt[at], content=content), *prompt[at + 1 :])
+
+
 def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _numbers(example: Conditioned) -> Mapping[str, Any]:
     """The columns an objective can read: numbers, one an example or one a response."""
-    return {
+    found = {
         name: value
         for name, value in {**example.extras, **example.attributes}.items()
         if _is_number(value) or (isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_number, value)))
     }
+    distances = _goal_distances(example)
+    return found if distances is None else {**found, "goal_distances": distances}
+
+
+def _goal_distances(example: Conditioned) -> tuple[float, ...] | None:
+    """(K,) squared; without a goal, to the score of the best response. None of unscored examples."""
+    if example.distances is not None or example.scores is None:
+        return example.distances
+    best = example.scores[0]
+    # Rounded as relabelling does, so that float noise does not decide between two equal distances.
+    return tuple(round(float(score - best) ** 2, 9) for score in example.scores)
 
 
 def _is_number(value: Any) -> bool:

@@ -101,7 +101,7 @@ def load_adapter(path: str | Path, *, model_path: str | None = None, dtype: str 
         model_path: base model, when it has moved since the adapter was trained.
 
     Raises:
-        AdapterError: the folder is no adapter, or was made for another model.
+        AdapterError: the folder is no adapter, was made for another model, or its base has changed since.
         ModelError: the base model cannot be loaded.
     """
     folder = Path(path)
@@ -110,10 +110,30 @@ def load_adapter(path: str | Path, *, model_path: str | None = None, dtype: str 
     if not base:
         raise AdapterError(f"{folder / CONFIG}: names no base model; give one with --model")
     kind, num_layers, lora = read_settings(folder)
+    ours = config.get("mlxpref", {})
+    revision = (ours.get("model") or {}).get("revision") if model_path is None else None
     policy = load_policy(
-        base, dtype=dtype, fine_tune_type=kind, num_layers=num_layers, lora_parameters=lora
+        base, revision=revision, dtype=dtype, fine_tune_type=kind, num_layers=num_layers, lora_parameters=lora
     )
     load_weights(policy, folder)
+    _check_base(folder, policy, ours.get("base_fingerprint"), chosen=model_path is not None)
     policy.masters = {}  # nothing trains: the model holds the adapter as it is on disk
     policy.model.eval()
     return policy
+
+
+def _check_base(folder: Path, policy: Policy, trained_on: str | None, *, chosen: bool) -> None:
+    """The same shapes do not make it the same model: compare the weights with those it was trained on.
+
+    Args:
+        trained_on: their fingerprint; None for adapters that other programs made.
+        chosen: the user named this base, which may be meant (a quantised twin): a note, not an error.
+    """
+    if trained_on is None or trained_on == policy.base_fingerprint:
+        return
+    said = f"{folder} was trained on other weights than those of {policy.path}"
+    if not chosen:
+        raise AdapterError(
+            f"{said}: they have changed since. Put the old ones back, or name a base with --model if this is meant"
+        )
+    policy.notes.append(f"{said}; what it does there is untested")

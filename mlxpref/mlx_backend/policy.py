@@ -40,13 +40,15 @@ class Policy:
         path: folder the weights came from.
         config: the model's own config.
         fine_tune_type, num_layers, lora_parameters: mlx-lm's adapter keys, resolved.
-        base_fingerprint: hash of the base weights.
-        fingerprint: hash that names the reference: base weights and the adapter it started from.
+        base_fingerprint: hash of the base weights on disk.
+        fingerprint: hash that names the reference: base weights, dtype, and the adapter it started from.
+        notes: what a person should know about how it was put together.
         way, share_prompts: how a forward pass treats prompts, as the probe chose: "shared" or "plain".
         initial: trainable parameters the adapter started from; None when it started from nothing.
         plain_layers: adapted modules and what they wrap, to take the adapter out.
         masters: float32 copies of the trainable parameters, which the optimiser moves; the model holds
             them in its compute dtype (``dtypes``). Empty when nothing trains.
+        n_traced: how many times a forward pass was traced: once for each shape and use.
     """
 
     model: nn.Module
@@ -65,6 +67,8 @@ class Policy:
     masters: dict[str, mx.array] = field(default_factory=dict)
     dtypes: dict[str, Any] = field(default_factory=dict)
     compiled: dict[bool, Any] = field(default_factory=dict)
+    n_traced: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def share_prompts(self) -> bool:
@@ -186,7 +190,7 @@ def load_policy(
         lora = resolve_lora(lora_parameters)
     policy = Policy(
         model, tokenizer, Network(model), folder, config, fine_tune_type, num_layers, lora,
-        base_fingerprint=fingerprint(folder, config, None, dtype_name(model)),
+        base_fingerprint=fingerprint(folder, config, None),
         fingerprint=fingerprint(folder, config, init_from, dtype_name(model)),
     )  # fmt: skip
     if trainable:
@@ -332,8 +336,8 @@ def layer_prefix(model: nn.Module) -> str:
     raise ModelError(f"cannot find the layers of {type(model).__module__} under {body!r}")
 
 
-def fingerprint(folder: Path, config: Mapping[str, Any], init_from: str | None, dtype: str) -> str:
-    """Hash of the weights' bytes (and of the starting adapter's), 16 hex digits.
+def fingerprint(folder: Path, config: Mapping[str, Any], init_from: str | None, dtype: str = "") -> str:
+    """Hash of the weights' bytes (and of the starting adapter's, and the dtype they are used in), 16 hex digits.
 
     The reference depends on nothing else but token ids.
     """

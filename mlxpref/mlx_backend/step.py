@@ -49,7 +49,6 @@ class Step:
 
     Attributes:
         policy: whose trainable parameters move.
-        n_compiled: how many micro-batch shapes were traced so far.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class Step:
         self.max_grad_norm = max_grad_norm
         self.optimizer.init(policy.masters)
         self.random = mx.random.key(seed)
-        self.n_compiled = 0
         self._step_peak = 0.0
         state = mx.random.state
         self._gradients = mx.compile(self._gradients_of, inputs=state, outputs=state)
@@ -75,6 +73,7 @@ class Step:
         self, masters: dict[str, mx.array], batch: MicroBatch, differentiate: bool
     ) -> tuple[mx.array, _Part]:
         policy, held = self.policy, self.policy.trainable()
+        policy.n_traced += 1
         policy.update({name: value.astype(policy.dtypes[name]) for name, value in masters.items()})
         try:
             logps = policy.network.token_logps(batch, differentiate=differentiate)
@@ -87,8 +86,6 @@ class Step:
         self, masters: dict[str, mx.array], batch: MicroBatch, total: mx.array
     ) -> tuple[dict[str, mx.array], _Part]:
         """Gradients of Σ loss / total."""
-        self.n_compiled += 1
-
         def objective(masters: dict[str, mx.array]) -> tuple[mx.array, _Part]:
             value, part = self._parts(masters, batch, differentiate=True)
             return value / total, part
@@ -208,7 +205,6 @@ def _seed(key: mx.array) -> None:
 def _report(batch: Batch, parts: list[_Part], norm: float, skipped: bool) -> StepReport:
     losses = np.concatenate([np.array(part.losses) for part in parts])
     weights = np.concatenate([np.asarray(part.weights) for part in batch.parts])
-    counted = sum(part.mask.sum() + _prompt_tokens(part) for part in batch.parts)
     return StepReport(
         loss=float((losses * weights).sum() / max(weights.sum(), 1e-12)),
         losses=losses,
@@ -219,7 +215,6 @@ def _report(batch: Batch, parts: list[_Part], norm: float, skipped: bool) -> Ste
         lengths=stack_lists([np.asarray(part.mask).sum(-1) for part in batch.parts], 0.0),
         grad_norm=norm,
         skipped=skipped,
-        n_tokens=int(counted),
     )
 
 
@@ -231,10 +226,6 @@ def _sums(tokens: list[mx.array], batch: Batch) -> np.ndarray:
     """
     pairs = zip(tokens, batch.parts, strict=True)
     return stack_lists([np.array(Logps(found, mx.array(part.mask)).sums) for found, part in pairs], np.nan)
-
-
-def _prompt_tokens(part: MicroBatch) -> int:
-    return int(np.prod(part.prompts.shape))
 
 
 def make_step(
@@ -288,6 +279,7 @@ def _forward(policy: Policy, arrays: MicroBatch, reference: bool) -> Logps:
         # Weights that move are arguments; a captured array would be a constant of the graph.
         def forward(parameters: dict[str, mx.array], batch: MicroBatch) -> Logps:
             held = policy.trainable()
+            policy.n_traced += 1
             policy.update(parameters)
             try:
                 return policy.network.token_logps(batch, differentiate=False)

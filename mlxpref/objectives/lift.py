@@ -7,9 +7,9 @@ Responses stand best first. Pairs are ordered, better one first:
 - ``best_rest``: (1, 2), …, (1, K);
 - ``all_pairs``: every (i, j) with i before j.
 
-The loss of an example is the mean over its pairs. Where the list has scores, a pair that the goal does
-not tell apart is left out: the goal is the score of the first response, and nearer to it is better, so
-(i, j) counts where (s_1 − s_j)² > (s_1 − s_i)². An example without a pair left has loss 0.
+The loss of an example is the mean over its pairs. Where the data are scored, a pair that the goal does
+not tell apart is left out: the column ``goal_distances`` (B, K) says how far each response is from the
+goal, and (i, j) counts where j is farther than i. An example without a pair left has loss 0.
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ def take_pairs(column: Any, pairs: Pairs, kind: Any) -> Any:
     return _take(column, pairs)
 
 
-def mean_over_pairs(losses: Array, pairs: Pairs, scores: Array | None) -> Array:
-    """(n·B,) losses of pairs → (B,) of examples; ``scores`` (B, K) leaves out what they tie."""
+def mean_over_pairs(losses: Array, pairs: Pairs, distances: Array | None) -> Array:
+    """(n·B,) losses of pairs → (B,) of examples; ``distances`` (B, K) leave out what they tie."""
     losses = losses.reshape(len(pairs), -1)
-    if scores is None:
+    if distances is None:
         return losses.mean(0)
-    distance = (scores - scores[:, :1]) ** 2
-    counts = ops.stack([distance[:, j] > distance[:, i] for i, j in pairs], 0)
+    counts = ops.stack([distances[:, j] > distances[:, i] for i, j in pairs], 0)
     n = counts.sum(0)
     return ops.where(counts, losses, 0.0).sum(0) / ops.where(n > 0, n, 1)
 

@@ -34,7 +34,7 @@ class Term:
         else:
             losses, state = self.entry.function(**arguments, state=state)
         if pairs is not None:
-            losses = mean_over_pairs(losses, pairs, columns.get("scores"))
+            losses = mean_over_pairs(losses, pairs, columns.get("goal_distances"))
         return losses if self.entry.start is None else (losses, state)
 
     def start(self) -> Any:
@@ -57,7 +57,7 @@ class Objective:
 
     Attributes:
         terms: the formulas; each option resolved.
-        per_token: the (first) formula compares log-probs averaged over tokens, so metrics do too.
+        per_token: the formula of ``lead`` compares log-probs averaged over tokens, so metrics do too.
     """
 
     terms: tuple[Term, ...]
@@ -75,17 +75,22 @@ class Objective:
 
     @property
     def reads(self) -> frozenset[str]:
-        """``needs``, and ``scores``, which lists of K > 2 use, where present, to leave out ties."""
-        return self.needs | ({"scores"} if any(not t.entry.lists for t in self.terms) else set())
+        """``needs``, and ``goal_distances``, by which lists of K > 2, where it is present, leave out ties."""
+        return self.needs | ({"goal_distances"} if any(not t.entry.lists for t in self.terms) else set())
+
+    @property
+    def lead(self) -> Term:
+        """Whose rewards the metrics show: the first formula with a β, else the first."""
+        return next((t for t in self.terms if "beta" in t.options), self.terms[0])
 
     @property
     def beta(self) -> float:
-        """Scale of the implicit rewards in metrics: β of the first formula that has one, else 1."""
-        return next((float(t.options["beta"]) for t in self.terms if "beta" in t.options), 1.0)
+        """Scale of the implicit rewards in metrics: β of the formula that leads, else 1."""
+        return float(self.lead.options.get("beta", 1.0))
 
     @property
     def coupled(self) -> bool:
-        """A loss depends on other examples of its batch, which must then come in one piece."""
+        """A loss depends on other examples of its batch; see ``check_supported``."""
         return any(t.entry.batch for t in self.terms)
 
     @property
@@ -130,6 +135,19 @@ class Objective:
                 problems.append(_lacks(term.entry, missing, available))
         raise_all(problems, ObjectiveError, f"the data do not fit the objective {self.name}:")
 
+    def check_supported(self) -> None:
+        """Before a model loads: can a backend run it?
+
+        Raises:
+            ObjectiveError: a formula couples the examples of a batch or carries a state. A batch may reach
+                it in several micro-batches, and checkpoints keep no state of its own.
+        """
+        problems = []
+        for entry in (term.entry for term in self.terms if term.entry.batch):
+            what = "couples the examples of a batch" if entry.start is None else "carries a state"
+            problems.append(f"{entry.name} {what}; no backend runs such objectives yet")
+        raise_all(problems, ObjectiveError, "the objective cannot be used:")
+
     def initial_state(self) -> dict[str, Any]:
         """The state of step 0 by formula: NamedTuples of arrays or numbers; empty without any."""
         return {t.entry.name: t.start() for t in self.terms if t.entry.start is not None}
@@ -138,7 +156,8 @@ class Objective:
         """One step's losses and the state for the next: pure, so it compiles.
 
         Args:
-            columns: ``policy`` and ``needs``: ``Logps`` (B, K, L); ``scores`` (B, K); others (B, …).
+            columns: ``policy`` and ``needs``: ``Logps`` (B, K, L); ``scores`` and, of lists,
+                ``goal_distances`` (B, K); others (B, …).
             state: as ``initial_state`` or the last call gave it.
 
         Returns:

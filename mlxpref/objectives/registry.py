@@ -2,15 +2,20 @@
 
 A signature is a declaration, read once, when the module is imported:
 
-- positional parameters are **columns**, told apart by their annotation: ``Logps`` (``policy``,
-  ``reference``, ``previous``, …), ``PerResponse`` and ``PerExample`` arrays. All but ``policy`` and
-  ``lengths``, which every batch has, must be in the data, and are asked for before a model loads.
+- positional parameters are **columns**, told apart by their annotation: ``Logps`` (``policy``
+  and ``reference``), ``PerResponse`` and ``PerExample`` arrays. ``policy`` and ``lengths`` every batch has,
+  ``reference`` is computed when needed; all others must be in the data, and are asked for before a model
+  loads.
 - the annotation of ``policy`` says what the formula looks at: ``Logps``, two responses (longer lists
   are lifted to pairs, see :mod:`.lift`); ``ListLogps``, all K of them; ``BatchLogps``, pairs whose
-  losses depend on each other, so that a batch must reach the formula in one piece.
-- a parameter ``state`` is carried from step to step: the function returns ``(losses, new state)``. Its
-  default is the state at step 0, a ``NamedTuple`` of arrays or numbers, or a function of the options.
+  losses depend on each other.
+- a parameter ``state`` is for a formula that carries numbers from step to step: the function returns
+  ``(losses, new state)``. Its default is the state at step 0, a ``NamedTuple`` of arrays or numbers, or
+  a function of the options.
 - keyword-only parameters are the **options**, with their default and, by annotation, their range.
+
+``BatchLogps`` and ``state`` can be declared and computed; no backend trains with them yet, since a batch
+reaches the formula in micro-batches and checkpoints keep no such state (``Objective.check_supported``).
 
 The docstring declares the rest: its first line, one line per option under ``Args:``, a line
 ``Source:``, and, where other programs call the formula something else, ``Also known as:``.

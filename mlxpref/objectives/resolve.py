@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ def resolve_objective(spec: Spec) -> Objective:
     names = [term.entry.name for term in terms]
     problems += [f"{name} is listed twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     raise_all(problems, ObjectiveError, "the objective cannot be used:")
-    return Objective(tuple(terms), per_token=_compares_means(terms[0]))
+    found = Objective(tuple(terms))
+    return replace(found, per_token=_compares_means(found.lead))
 
 
 def _term(item: object, problems: list[str]) -> Term | None:
