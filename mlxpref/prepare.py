@@ -22,7 +22,6 @@ from mlxpref.data.tokenization import load_tokenizer, tokenize_all
 from mlxpref.errors import ConfigError, DataError, raise_all
 from mlxpref.records import Conditioned, Counts, Tokenized
 
-
 WRITTEN_WITH = ("halves", "ties", "min_gap", "plain_share", "seed")
 """What a relabelled folder says of how, besides its recipe, other rows become like its own."""
 

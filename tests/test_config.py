@@ -239,3 +239,11 @@ def test_optimizer_options_are_those_mlx_takes() -> None:
         for option in options:
             value = [1e-30, 1e-3] if (name, option) == ("adafactor", "eps") else values.get(option, 0.5)
             make_optimizer(name, 0.0, {option: value})
+
+
+@pytest.mark.parametrize("half", ["chosen", "rejected"])
+@pytest.mark.parametrize("metric", ["accuracies", "margins"])
+def test_a_run_may_be_chosen_by_one_half(half: str, metric: str) -> None:
+    """An evaluation measures both of each half."""
+    name = f"eval_{half}_half/rewards/{metric}"
+    assert load(f"training.best_metric={name}").training.best_metric == name

@@ -42,6 +42,33 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def raw_ultrafeedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """UltraFeedback as published: four responses a prompt, of which a rating N/A leaves three, or two."""
+    file = tmp_path_factory.mktemp("raw") / "train.jsonl"
+    names = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    rows = []
+    for i in range(120):
+        refused = range(i % 3)
+        completions = [
+            {
+                "response": f"Answer {k} to {i}.",
+                "overall_score": 1.0 + (3 * k + i) % 10,
+                "annotations": {name: {"Rating": "N/A" if k in refused else "4"} for name in names},
+            }
+            for k in range(4)
+        ]
+        rows.append({"source": "evol_instruct", "instruction": f"Question {i}?", "completions": completions})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def data_of(pairs: Path, raw_ultrafeedback: Path) -> Any:
+    """Data on this machine of the kind that a configuration names."""
+    return lambda file: raw_ultrafeedback if "openbmb/UltraFeedback" in file.read_text() else pairs
+
+
 def here(file: Path, model: Path, pairs: Path) -> Config:
     """The configuration with a model and data that are on this machine."""
     places = [("model.path", str(model)), ("data.source", str(pairs))]
@@ -53,9 +80,9 @@ def test_the_configs_there_should_be() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_reaches_a_first_batch(file: Path, tiny_model_dir: Path, pairs: Path) -> None:
+def test_reaches_a_first_batch(file: Path, tiny_model_dir: Path, data_of: Any) -> None:
     """A key that no stage takes, or a value one refuses, would only show after the download."""
-    config = here(file, tiny_model_dir, pairs)
+    config = here(file, tiny_model_dir, data_of(file))
     spec = config.objective if isinstance(config.objective, dict) else list(config.objective)
     objective = resolve_objective(spec)
     data = prepare(config)
@@ -78,6 +105,38 @@ def test_reaches_a_first_batch(file: Path, tiny_model_dir: Path, pairs: Path) ->
     schedule = config.optimizer.schedule
     n_warmup(len(plan.steps), warmup_steps=schedule.warmup_steps, warmup_ratio=schedule.warmup_ratio)
     assert (data.recipe is None) == ("baseline" in file.stem)
+
+
+def test_seed_reads_lists_of_every_length(tiny_model_dir: Path, raw_ultrafeedback: Path) -> None:
+    """Against its neighbour alone, as a bare pair formula reads a list, is not the seed's best against any."""
+    config = here(FOLDER / "seed-qwen2-7b.yaml", tiny_model_dir, raw_ultrafeedback)
+    rows = prepare(config).train
+    assert {len(row.response_ids) for row in rows} == {2, 3, 4}
+    assert isinstance(config.objective, dict) and config.objective["lift"] == "best_rest"
+
+
+@pytest.mark.parametrize("name", ["dpo-baseline", "simpo-baseline"])
+def test_baselines_train_on_the_pairs_of_the_run_they_are_compared_with(
+    name: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    scores = [(8, 8), (7, 6.8), (9, 2), (6, 5), (12, 3)]
+    rows = [
+        {"prompt": f"Q {i}", "chosen": "Yes.", "rejected": "No.", "score_chosen": a, "score_rejected": b}
+        for i, (a, b) in enumerate(scores * 60)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        prepare(here(FOLDER / f"{stem}.yaml", tiny_model_dir, file)) for stem in (name, "qwen3-0.6b-ultrafeedback")
+    ]
+    plain, goals = ({row.example_id for row in data.train} for data in found)
+    assert plain == goals and 0 < len(plain) < 150
+    assert {row.goal for row in found[0].train} == {None}
+    for key in ("model", "data", "tokenization", "batching", "adapter"):
+        baseline, run = (
+            getattr(load_config(FOLDER / f"{stem}.yaml"), key) for stem in (name, "qwen3-0.6b-ultrafeedback")
+        )
+        assert baseline == run, key
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

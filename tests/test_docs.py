@@ -1,13 +1,16 @@
 """What the documents promise exists.
 
-Finds: a link to a file that is not there, and a command line in a document or a help text that the
-command would refuse.
+Finds: a link to a file that is not there, a command line in a document or a help text that the command
+would refuse, a library that is imported and not declared, a file to pack that does not exist.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlxpref import cli
+from mlxpref.data.recipe import Recipe
+from mlxpref.records import Message
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -75,3 +80,40 @@ def test_the_judge_of_command_lines_can_refuse() -> None:
     assert refused(["env", "stray"]) == "env: what is stray?"
     assert refused(["trian"]) == "no command trian"
     assert refused(["env", "--json"]) is None
+
+
+def test_the_goal_to_put_in_by_hand_is_the_recipes() -> None:
+    """One word off, and a model is asked what it was never trained on."""
+    _, goal_text = Recipe().write((Message("user", "Why is the sky blue?"),), 10.0)
+    assert f'--system-prompt "{goal_text}"' in fenced(ROOT / "README.md")
+
+
+def test_the_tree_names_every_room() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## Tree")[2]
+    rooms = {path.name for path in (ROOT / "mlxpref").glob("*.py") if not path.name.startswith("__")}
+    rooms |= {f"{path.parent.name}/" for path in (ROOT / "mlxpref").glob("*/__init__.py")}
+    assert not {room for room in rooms if room not in tree}
+
+
+def imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module).partition(".")[0]
+
+
+def test_what_is_imported_is_declared() -> None:
+    """What only arrives with something else may leave with it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["tensorboard"], *extras["wandb"], *extras["swanlab"]]
+    declared = {re.split(r"[\[<>=;]", line)[0].replace("-", "_").replace("pyyaml", "yaml") for line in lines}
+    found = {name for file in (ROOT / "mlxpref").rglob("*.py") for name in imported(file)}
+    assert not found - declared - sys.stdlib_module_names - {"mlxpref"}
+
+
+def test_what_pip_is_told_to_pack_is_there() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = setuptools["package-data"]["mlxpref"]
+    assert not [pattern for pattern in patterns if not list((ROOT / "mlxpref").glob(pattern))]

@@ -10,19 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fake_backend
 import fakes
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mlxpref.config_layers import load_config
 from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, Recipe
 from mlxpref.data.relabel import relabel, unconditioned
 from mlxpref.data.relabelled import write_relabelled
+from mlxpref.data.tokenization import tokenize_all
 from mlxpref.errors import DataError
 from mlxpref.evaluate import VIEWS, evaluate, in_goal_units, restore, views_of
 from mlxpref.evaluate.measures import Judged, Roles, goal_sensitivity, view_metrics
 from mlxpref.records import Dropped, Message, Scored
 from mlxpref.reference import ReferenceStore
+from mlxpref.train import train
 
 WORDING = (
     "You are an assistant that generates responses for the instruction while implicitly achieving the "
@@ -210,6 +214,31 @@ def test_several_attributes_need_no_winner() -> None:
     assert found["rejected"] == (((0, 1),), (0,))
     # (10, 10): distances 1 + 49 and 64 + 4
     assert found["top"][0] == ((0, 1),)
+
+
+def test_an_example_that_only_the_attributes_tell_apart_is_evaluated(chat_tokenizer: Any) -> None:
+    """Finds an example that relabelling trains on, dropped as a tie of its overall scores."""
+    recipe = Recipe(template=ATTRIBUTES_TEMPLATE, attributes=("help", "truth"))
+    example = scored("Q?", ["a", "b"], [5, 5], attributes={"help": (9.0, 2.0), "truth": (3.0, 8.0)})
+    found = {name: pairs for name, _, pairs, _ in summary(views_of(0, example, recipe))}
+    assert found == {"chosen": ((0, 1),), "rejected": ((1, 0),), "top": ((0, 1),)}
+    assert isinstance(views_of(0, example, None), Dropped)
+    figures = evaluate([example, PAIRS[0]], fakes.backend(), make_policy(), chat_tokenizer, recipe=recipe).metrics
+    assert figures["examples"] == 1 and figures["views"]["chosen"]["rows"] == 1
+
+
+def test_views_are_cut_as_training_cuts_them(chat_tokenizer: Any) -> None:
+    """Finds a half evaluated on other tokens than it was trained on: 10 is longer to write than 9."""
+    example = scored(" ".join(f"w{n}" for n in range(200)), ["Paris.", "No."], [10, 9])
+    halves = relabel(example, Recipe())
+    assert not isinstance(halves, Dropped)
+    for max_length in (300, 301, 302, 303):
+        trained, _ = tokenize_all(halves, chat_tokenizer, max_length=max_length)
+        found = evaluate(
+            [example], fakes.backend(), make_policy(), chat_tokenizer, recipe=Recipe(), max_length=max_length
+        ).rows
+        for ours, theirs in zip(found, trained, strict=False):
+            assert theirs.prompt_cut and ours.tokens.prompt_ids.tolist() == theirs.prompt_ids.tolist()
 
 
 def test_relabelled_rows_give_their_examples_back() -> None:
@@ -494,14 +523,14 @@ def run(*arguments: Any) -> Any:
 
 def test_the_command(fake_room: Any, tmp_path: Path, no_sockets: Any) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl", PAIRS[:3])
-    adapter = write_adapter(tmp_path / "adapter", Recipe(), tokenization={"max_length": 256})
+    adapter = write_adapter(tmp_path / "adapter", Recipe())
     figures, rows = tmp_path / "figures.json", tmp_path / "rows.jsonl"
     ran = run(data, "--adapter-path", adapter, "--json", figures, "--per-row", rows, "--store", tmp_path / "store")
     assert ran.exit_code == 0, ran.output
     for words in ("goal sensitivity", "ranking accuracy", "accuracy by score gap", "no goal"):
         assert words in ran.output
     found = json.loads(figures.read_text())
-    assert found["tokenization"]["max_length"] == 256 and found["adapter"] == str(adapter)
+    assert found["adapter"] == str(adapter) and "measured against the base" not in ran.output
     assert found["views"]["chosen"]["rows"] == 3
     records = [json.loads(line) for line in rows.read_text().splitlines()]
     keys = {"example_id", "goal", "prompt_ids", "response_ids", "policy_logps", "reference_logps"}
@@ -511,6 +540,37 @@ def test_the_command(fake_room: Any, tmp_path: Path, no_sockets: Any) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter", "figures.json", "pairs.jsonl", "rows.jsonl", "store",
     ]  # fmt: skip
+
+
+def test_the_limits_of_training_hold_in_evaluation(fake_room: Any, tmp_path: Path) -> None:
+    """Finds lengths that training writes where evaluation does not look."""
+    data = write_pairs(tmp_path / "pairs.jsonl", PAIRS)
+    config = load_config(base={
+        "model": {"path": fake_room.path},
+        "data": {"source": str(data)},
+        "tokenization": {"max_length": 96, "max_prompt_length": 90, "truncation": "drop"},
+        "adapter": {"lora_parameters": {"rank": 2}},
+        "reference": {"store": str(tmp_path / "store")},
+        "training": {"iters": 2},
+        "output": {"adapter_path": str(tmp_path / "run")},
+    })  # fmt: skip
+    train(config, backend=fake_backend)
+    figures = tmp_path / "figures.json"
+    for more, lengths in (
+        ([], {"max_length": 96, "max_prompt_length": 90, "truncation": "drop"}),
+        (["--max-length", "64"], {"max_length": 64, "max_prompt_length": None, "truncation": "drop"}),
+    ):
+        ran = run(data, "--adapter-path", tmp_path / "run", "--no-store", "--json", figures, *more)
+        assert ran.exit_code == 0, ran.output
+        assert json.loads(figures.read_text())["tokenization"] == lengths
+
+
+def test_another_reference_than_that_of_training_is_said(fake_room: Any, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", PAIRS)
+    adapter = write_adapter(tmp_path / "adapter", None, init_from="earlier/run")
+    ran = run(data, "--adapter-path", adapter, "--no-store", "--json", tmp_path / "figures.json")
+    assert "trained against adapter earlier/run; measured against the base" in ran.output
+    assert json.loads((tmp_path / "figures.json").read_text())["init_from"] == "earlier/run"
 
 
 def test_the_command_without_an_adapter(fake_room: Any, tmp_path: Path) -> None:

@@ -15,6 +15,13 @@ def test_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert model_folder(str(tmp_path)) == tmp_path
 
 
+def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
+    """It would be taken for the revision that is read, and read is what lies there."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"lies on this disk: a revision \(v2\)"):
+        model_folder(str(tmp_path), revision="v2")
+
+
 @pytest.mark.parametrize("path", ["./nowhere", "no-such-model", "a/b/c"])
 def test_what_cannot_be_a_hub_id_is_a_missing_folder(path: str) -> None:
     """A mistyped path must not turn into a question to the hub."""

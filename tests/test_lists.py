@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
+import fake_backend
 import numpy as np
 import pytest
 import test_objectives
 from libraries import DIFFERENTIABLE, LIBRARIES, NUMPY, Library, host
 from oracle import Example, random_examples
 
+from mlxpref.config_layers import load_config
 from mlxpref.objectives import resolve_objective
 from mlxpref.objectives.lift import pairs_of
+from mlxpref.train import train
 
 columns = test_objectives.columns
 
@@ -41,7 +48,7 @@ def test_lists_are_lifted_to_pairs(library: Library, lift: str, expected: list[f
     """Finds: pairs of the wrong rows, a sum for a mean, rows of a batch mixed up in the reshaping."""
     given = columns(library, LISTS)
     if not scored:
-        del given["scores"]
+        del given["goal_distances"]
     got = resolve_objective({"name": "ipo", "beta": 0.5, "lift": lift})(given)
     np.testing.assert_allclose(host(got), expected, rtol=1e-6)
 
@@ -58,6 +65,38 @@ def test_pairs_that_the_goal_does_not_tell_apart_are_left_out(library: Library) 
     if library is not NUMPY:
         slopes, _ = test_objectives.slopes(library, "ipo", {"beta": 0.5, "lift": "all_pairs"}, tied)
         assert np.isfinite(slopes).all() and not slopes[1].any() and slopes[0].any()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_pairs_are_told_apart_by_the_goal_s_distances_not_by_overall_scores(library: Library) -> None:
+    """Finds a list lost without a word: all overall scores tie, the attributes of the goal do not."""
+    given = columns(library, [Example(LISTS[0].policy, LISTS[0].reference, (5, 5, 5))])
+    given["goal_distances"] = library.array([[0.0, 4.0, 4.0]])
+    all_pairs = resolve_objective({"name": "ipo", "beta": 0.5, "lift": "all_pairs"})
+    np.testing.assert_allclose(host(all_pairs(given)), [(4 + 0.25) / 2], rtol=1e-6)
+
+
+def test_a_run_learns_from_lists_that_only_their_attributes_tell_apart(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Finds distances lost on the way from the data to the step: the loss is then 0, without a word."""
+    attributes = [{"help": 9, "truth": 3}, {"help": 8, "truth": 4}, {"help": 2, "truth": 8}]
+    answers = [{"text": f"No {n}.", "score": 5, "attributes": a} for n, a in enumerate(attributes)]
+    rows = [json.dumps({"prompt": f"Why {n}?", "responses": answers}) for n in range(4)]
+    (tmp_path / "lists.jsonl").write_text("\n".join(rows))
+    config = load_config(base={
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"source": str(tmp_path / "lists.jsonl")},
+        "relabel": {"attributes": ["help", "truth"], "score_range": [1, 10], "mapping": "identity"},
+        "objective": {"name": "dpo", "lift": "all_pairs"},
+        "adapter": {"lora_parameters": {"rank": 2}},
+        "reference": {"store": str(tmp_path / "store")},
+        "training": {"iters": 1},
+        "output": {"adapter_path": str(tmp_path / "run")},
+    })  # fmt: skip
+    train(config, backend=fake_backend)
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_two_responses_are_the_same_under_every_lift() -> None:

@@ -35,6 +35,7 @@ def columns(library: Library, examples: Sequence[Example], pad: int = 0) -> dict
         "policy": logps(library, [x.policy for x in examples], pad),
         "reference": logps(library, [x.reference for x in examples], pad),
         "scores": library.array([list(x.scores) for x in examples]),
+        "goal_distances": library.array([[(s - x.scores[0]) ** 2 for s in x.scores] for x in examples]),
     }
     return given | {name: library.array([x.extras[name] for x in examples]) for name in examples[0].extras}
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxpref.data.fitting import fit_recipe
-from mlxpref.data.recipe import Recipe, format_number, resolve_carrier
+from mlxpref.data.recipe import Recipe, format_number, goal_words, resolve_carrier
 from mlxpref.data.scale import MAX_KNOTS, ScoreMap, fit_map
 from mlxpref.errors import DataError, ScoreError, UsageError
 from mlxpref.records import Message, Scored
@@ -210,6 +210,16 @@ def test_scores_already_on_the_goal_scale_stay():
     assert recipe.scores(scored((9, 2.5))) == (9.0, 2.5)
 
 
+@pytest.mark.parametrize(
+    ("scores", "kind"), [((8.3, 1), "identity"), ((8.2, 1), "affine"), ((5, 1), "affine"), ((11, 9), "affine")]
+)
+def test_undeclared_scores_stay_only_if_they_reach_near_the_top(scores, kind):
+    """Stars 1-5 taken for 1-10 leave the goal 10, which generation asks for, untrained."""
+    recipe = fit_recipe([scored(scores)])
+    assert recipe.mapping.kind == kind
+    assert kind == "identity" or recipe.mapping(scores[0]) == 10
+
+
 def test_a_declared_range_is_stretched_onto_the_goals():
     recipe = fit_recipe([scored((5, 2))], score_range=(1, 5))
     assert [recipe.mapping(v) for v in (1, 2, 3, 5)] == [1.0, 3.25, 5.5, 10.0]
@@ -321,3 +331,9 @@ def test_a_damaged_recipe_is_a_data_error(change):
 def test_a_map_that_is_not_monotone_is_refused():
     with pytest.raises(DataError, match="rise"):
         ScoreMap("affine", ((0.0, 5.0), (1.0, 3.0)))
+
+
+def test_goals_in_words_are_the_numbers_of_the_prompt():
+    assert goal_words(7.3333333) == "goal 7.3333333"
+    assert goal_words({"honesty": 4.0, "help": 5.5}) == "goal honesty 4, help 5.5"
+    assert goal_words(None) == "no goal"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import fake_backend
 import numpy as np
 import oracle
 import pytest
@@ -16,6 +17,7 @@ from oracle import random_examples
 from test_lists import LISTS
 
 from mlxpref import ops
+from mlxpref.config_layers import load_config
 from mlxpref.errors import ObjectiveError
 from mlxpref.objectives import (
     TABLE,
@@ -31,6 +33,7 @@ from mlxpref.objectives import (
 )
 from mlxpref.objectives.logratios import margin, means
 from mlxpref.records import Logps
+from mlxpref.train import train
 
 columns = test_objectives.columns
 
@@ -276,6 +279,21 @@ def test_a_state_goes_from_step_to_step_through_a_compiled_graph() -> None:
 
 
 @pytest.mark.usefixtures("scratch")
+def test_what_no_backend_runs_is_refused_before_a_model_loads() -> None:
+    """Finds a state lost at each checkpoint, and a batch that reaches a coupled formula in pieces."""
+    define_all()
+    with pytest.raises(ObjectiveError, match="toy_running carries a state; no backend runs such") as said:
+        resolve_objective(["dpo", "toy_running", "toy_sorted"]).check_supported()
+    assert "toy_sorted couples the examples of a batch; no backend" in str(said.value)
+    assert "dpo" not in str(said.value)
+    for name in ("dpo", "sft", "toy_scored", "toy_list"):
+        resolve_objective(name).check_supported()
+    base = {"model": {"path": "nowhere"}, "data": {"source": "nowhere"}, "objective": {"name": "toy_sorted"}}
+    with pytest.raises(ObjectiveError, match="no backend runs such"):
+        train(load_config(base=base), backend=fake_backend)
+
+
+@pytest.mark.usefixtures("scratch")
 def test_options_that_contradict_each_other_are_refused_before_a_model_loads() -> None:
     define_all()
     assert resolve_objective({"name": "toy_groups", "n_groups": 5}).initial_state()["toy_groups"][
@@ -358,6 +376,19 @@ def test_per_token_objectives_are_told_from_those_that_sum() -> None:
 
 
 @pytest.mark.torch
+def test_metrics_of_a_mixture_follow_one_formula() -> None:
+    """Finds β of one formula times log-ratios averaged as another does."""
+    for spec, beta, per_token in [
+        (["sft", "dpo"], 0.1, False),
+        (["sft", {"name": "simpo", "beta": 2.5}], 2.5, True),
+        (["dpo", "sft"], 0.1, False),
+        (["ln_dpo", "dpo"], 5.0, True),
+        (["sft"], 1.0, True),
+    ]:
+        found = resolve_objective(spec)
+        assert (found.beta, found.per_token) == (beta, per_token), spec
+
+
 def test_torch_columns_need_no_numpy_detour() -> None:
     """Finds: an op that falls back to NumPy for a torch tensor, cutting the graph."""
     given = columns(TORCH, random_examples(3, k=4))

@@ -435,6 +435,20 @@ def test_what_is_written_is_read_back(tmp_path, file_format):
     ]
 
 
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_distances_to_several_goals_are_written_and_read_back(tmp_path, file_format):
+    """Finds a list whose overall scores tie that prefers nothing any more once it was on disk."""
+    example = Scored(
+        ASK, ("a", "b", "c"), (5.0,) * 3, "l", {"help": (9.0, 8.0, 2.0), "truth": (3.0, 3.0, 8.0)}
+    )
+    recipe = Recipe(template="{goals}", attributes=("help", "truth"))
+    rows, _ = relabel_all([example], recipe)
+    assert [row.distances for row in rows] == [(0.0, 1.0, 74.0), (0.0, 1.0, 61.0), (0.0, 61.0, 74.0)]
+    plain = unconditioned(example)
+    write_relabelled(tmp_path / "out", {"train": [*rows, plain]}, recipe, file_format=file_format)
+    assert read_relabelled(tmp_path / "out").read() == [*rows, plain]
+
+
 def test_columns_are_the_ones_promised(tmp_path):
     """Defect 12: scores and goals are gone before training."""
     rows, counts = relabel_all([pair()], Recipe())

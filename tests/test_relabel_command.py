@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlxpref.cli import main
+from mlxpref.config import RelabelSection
 from mlxpref.data.relabelled import read_relabelled
+from mlxpref.data.scale import MAX_DECIMALS
 
 
 def run(*arguments):
@@ -34,7 +36,7 @@ def write(file, rows):
 
 @pytest.fixture
 def pairs(tmp_path):
-    return write(tmp_path / "pairs.jsonl", [row(i, 8.0, 1.0 + i % 6) for i in range(40)])
+    return write(tmp_path / "pairs.jsonl", [row(i, 9.0, 1.0 + i % 6) for i in range(40)])
 
 
 def test_a_file_becomes_a_folder_of_halves(pairs, tmp_path):
@@ -99,7 +101,7 @@ def test_preview_prints_the_exact_text_and_writes_nothing(pairs, tmp_path):
         "question 0 [INST]\n"
         "----- chosen, score 1 -----\n"
         "bad 0\n"
-        "----- rejected, score 8 -----\n"
+        "----- rejected, score 9 -----\n"
         "good 0\n"
     ) in result.stdout
     assert set(tmp_path.iterdir()) == before
@@ -131,18 +133,79 @@ def test_a_stored_recipe_is_used_again(tmp_path):
 def test_a_template_comes_from_a_file(pairs, tmp_path):
     (tmp_path / "words.txt").write_text("Quality: {score}.\n")
     assert run(pairs, "--out", tmp_path / "out", "--template", tmp_path / "words.txt").exit_code == 0
-    assert read_relabelled(tmp_path / "out").read("train")[0].goal_text == "Quality: 8."
+    assert read_relabelled(tmp_path / "out").read("train")[0].goal_text == "Quality: 9."
 
 
 def test_a_doubtful_scale_is_pointed_at(tmp_path):
-    """Scores of 1-5 under a sentence that says 1-10 are legal, and probably not meant; and one score of
-    85 among tens would squeeze all others into a corner."""
+    """Scores of 1-5 under a sentence that says 1-10 would leave its 10 untrained; and one score of 85 among
+    tens would squeeze all others into a corner."""
     narrow = write(tmp_path / "narrow.jsonl", [row(i, 5, 1) for i in range(4)])
-    assert "scores go from 1 to 5 and are taken as they are" in run(narrow, "--preview", 1).stderr
+    result = run(narrow, "--preview", 1)
+    assert "the scale seen, 1 to 5, is stretched" in result.stderr and "Overall score: 10." in result.stdout
+    as_they_are = run(narrow, "--preview", 1, "--mapping", "identity").stderr
+    assert "scores go from 1 to 5 and are taken as they are" in as_they_are
     wide = write(tmp_path / "wide.jsonl", [row(0, 85, 7), row(1, 9, 8)])
     assert "the scale seen, 7 to 85" in run(wide, "--preview", 1).stderr
     for file, declared in ((narrow, (1, 5)), (wide, (1, 100))):
         assert "warning" not in run(file, "--preview", 1, "--score-range", *declared).stderr
+
+
+RANKED = {"prompt": "Sky?", "answers": [{"answer": f"{n}.", "rank": n} for n in range(1, 8)]}
+RATED = [{"prompt": "Sky?", "response": f"{n}.", "helpfulness": n, "honest": 1} for n in (3, 1)]
+
+
+def test_the_scale_of_a_format_is_known(tmp_path):
+    """Ranks 1-7 as goals 1-7 of 10 would never train the 10 that is asked for; and 3 of 4 is no 10."""
+    run(write(tmp_path / "nectar.jsonl", [RANKED]), "--out", tmp_path / "ranks")
+    ranks = read_relabelled(tmp_path / "ranks")
+    assert [row.goal for row in ranks.read("train")] == [10, 8.5, 7, 5.5, 4, 2.5, 1]
+    result = run(write(tmp_path / "steer.jsonl", RATED), "--out", tmp_path / "rated")
+    rated = read_relabelled(tmp_path / "rated")
+    assert [row.goal for row in rated.read("train")] == [7.75, 3.25]
+    assert ranks.recipe.score_range == (1, 7) and rated.recipe.score_range == (0, 4)
+    assert "helpfulness, higher is better, on a scale of 0-4" in result.stderr
+    assert "warning" not in result.stderr
+    own = run(tmp_path / "steer.jsonl", "--out", tmp_path / "own", "--score-range", 1, 5)
+    assert own.exit_code == 0 and read_relabelled(tmp_path / "own").recipe.score_range == (1, 5)
+    helpful = run(tmp_path / "steer.jsonl", "--out", tmp_path / "helpful", "--attributes", "helpfulness")
+    assert helpful.exit_code == 0, helpful.output
+    assert read_relabelled(tmp_path / "helpful").recipe.score_range == (0, 4)
+
+
+def test_sources_of_different_scales_do_not_share_a_map(tmp_path):
+    files = write(tmp_path / "nectar.jsonl", [RANKED]), write(tmp_path / "steer.jsonl", RATED)
+    result = run(*files, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "nectar.jsonl: 1-7" in result.stderr and "0-4" in result.stderr
+    assert run(*files, "--out", tmp_path / "out", "--score-range", 0, 7).exit_code == 0
+
+
+def test_number_format_has_one_bound(pairs):
+    """The command refused what a configuration takes."""
+    assert "Overall score: 9.000000000000." in run(pairs, "--preview", 2, "--number-format", 12).stdout
+    assert run(pairs, "--preview", 1, "--number-format", MAX_DECIMALS + 1).exit_code == 2
+    with pytest.raises(ValueError, match=str(MAX_DECIMALS)):
+        RelabelSection(number_format=MAX_DECIMALS + 1)
+
+
+def test_the_folder_says_how_it_was_written(pairs, tmp_path):
+    options = ("--min-gap", 4, "--ties", "keep", "--halves", "chosen", "--seed", 3, "--limit", 30)
+    assert run(pairs, "--out", tmp_path / "out", *options).exit_code == 0
+    assert read_relabelled(tmp_path / "out").options == {
+        "halves": "chosen",
+        "ties": "keep",
+        "min_gap": 4.0,
+        "plain_share": 0.0,
+        "seed": 3,
+        "sources": [{"path": str(pairs), "limit": 30, "split": "train"}],
+    }
+
+
+def test_rows_without_goals_have_no_recipe(pairs, tmp_path):
+    """An adapter trained on them would be asked for a top goal it never saw."""
+    result = run(pairs, "--out", tmp_path / "out", "--plain-share", 1)
+    assert result.exit_code == 0 and "no goals" in result.stdout
+    found = read_relabelled(tmp_path / "out")
+    assert found.recipe is None and len(found.read("train")) == 40
 
 
 def test_dropped_rows_are_counted_with_their_reason_and_strict_refuses_them(tmp_path):

@@ -234,6 +234,28 @@ def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
             assert getattr(example, field) == value, field
 
 
+@pytest.mark.parametrize(
+    ("name", "score", "scale"),
+    [
+        ("nectar", None, (1, 3)),
+        ("helpsteer2", None, (0, 4)),
+        ("helpsteer2", "verbosity", (0, 4)),
+        ("ultrafeedback", None, (1, 10)),
+        ("ultrafeedback", "honesty", (1, 5)),
+        ("ultrafeedback-binarized", None, (1, 10)),
+        ("seed", None, (1, 10)),
+        ("preference", None, None),
+        ("scored-list", None, None),
+    ],
+)
+def test_scale_a_format_fixes(
+    name: str, score: str | None, scale: tuple[float, float] | None, tmp_path: Path
+) -> None:
+    """Finds: the scale of another score of the same data; a guess where nothing is known."""
+    source, _ = read_one(tmp_path, *FORMAT_ROWS[name][0], score=score)
+    assert source.scale == scale
+
+
 @pytest.mark.parametrize("name", FORMAT_ROWS)
 def test_parquet_reads_as_jsonl_does(name: str, tmp_path: Path, no_sockets: list[str]) -> None:
     """Finds: Arrow's struct columns (filled up with None) read differently from JSON objects."""
@@ -730,6 +752,16 @@ def test_saved_dataset_is_read(tmp_path: Path, no_sockets: list[str]) -> None:
     assert contents(tmp_path / "saved", split="test") == ["good 2"]
     rows.save_to_disk(tmp_path / "one")
     assert contents(tmp_path / "one") == ["good 0", "good 1", "good 2"]
+
+
+def test_streaming_of_what_does_not_stream_is_refused(tmp_path: Path) -> None:
+    import datasets
+
+    write(tmp_path / "train.jsonl", [pair()])
+    datasets.Dataset.from_list([pair()]).save_to_disk(str(tmp_path / "saved"))
+    for path, kind in ((tmp_path / "train.jsonl", "a .jsonl file"), (tmp_path / "saved", "a saved data set")):
+        with pytest.raises(UsageError, match=f"is {kind}: --streaming is for"):
+            open_source(SourceSpec(str(path), streaming=True))
 
 
 @pytest.mark.parametrize("path", ["openbmb/UltraFeedback", "no/such-folder", "nothing-here"])

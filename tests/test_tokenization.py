@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlxpref.cli import main
-from mlxpref.data.recipe import Recipe, resolve_carrier
+from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, Recipe, resolve_carrier
 from mlxpref.data.relabel import relabel, unconditioned
 from mlxpref.data.relabelled import write_relabelled
 from mlxpref.data.render import Encoder, render_turn, turn_end
@@ -91,6 +92,12 @@ def halves(example: Scored, recipe: Recipe = RECIPE) -> list[Conditioned]:
     found = relabel(example, recipe)
     assert not isinstance(found, Dropped)
     return list(found)
+
+
+def both_kept(both: list[Conditioned], tokenizer: Any, **options: Any) -> list[Tokenized]:
+    rows, counts = tokenize_all(both, tokenizer, **options)
+    assert len(rows) == 2, counts
+    return rows
 
 
 def kept(example: Conditioned, tokenizer: Any, **options: Any) -> Tokenized:
@@ -246,7 +253,7 @@ def test_halves_are_cut_at_the_same_place(tokenizers: dict[str, Any], recipe: Re
     """Finds halves that differ in more than the goal once they are cut: 10 is longer to write than 2.5."""
     for n in range(60, 80):  # so that some lie just about the limit
         long = scored(words(n), responses=(words(n, "x"), words(n // 2, "y")), scores=(10.0, 2.5))
-        first, second = (kept(half, tokenizers["chatml"], max_length=max_length) for half in halves(long, recipe))
+        first, second = both_kept(halves(long, recipe), tokenizers["chatml"], max_length=max_length)
         assert [ids.tolist() for ids in first.response_ids] == [ids.tolist() for ids in second.response_ids[::-1]]
         texts = [tokenizers["chatml"].decode(row.prompt_ids) for row in (first, second)]
         assert texts[0].replace("score: 10.", "score: 2.5.") == texts[1]
@@ -258,7 +265,7 @@ def test_halves_about_the_limit_are_cut_together(tokenizers: dict[str, Any]) -> 
     whole = [kept(half, tokenizers["chatml"]) for half in both]
     lengths = [len(row.prompt_ids) + max(map(len, row.response_ids)) for row in whole]
     for max_length in range(min(lengths) - 4, max(lengths) + 5):
-        first, second = (kept(half, tokenizers["chatml"], max_length=max_length) for half in both)
+        first, second = both_kept(both, tokenizers["chatml"], max_length=max_length)
         assert [len(ids) for ids in first.response_ids] == [len(ids) for ids in second.response_ids[::-1]]
         texts = [tokenizers["chatml"].decode(row.prompt_ids) for row in (first, second)]
         assert texts[0].replace("score: 10.", "score: 2.5.") == texts[1]
@@ -341,10 +348,10 @@ def test_responses_are_cut_when_the_prompt_has_given_its_share(tokenizers: dict[
     assert small.prompt_cut == 0, "a prompt below its limit is not cut for its responses"
 
 
-def test_nothing_is_cut_that_fits(tokenizers: dict[str, Any]) -> None:
-    """Finds a limit that is off by one: exactly max_length is not too long."""
+@pytest.mark.parametrize("example", [unconditioned(scored()), halves(scored())[0], halves(scored(), SYSTEM)[1]])
+def test_nothing_is_cut_that_fits(tokenizers: dict[str, Any], example: Conditioned) -> None:
+    """Finds a limit that is off by one, or by what a goal might take: exactly max_length is not too long."""
     tokenizer = tokenizers["chatml"]
-    example = unconditioned(scored())
     row = kept(example, tokenizer)
     exactly = len(row.prompt_ids) + max(map(len, row.response_ids))
     same = kept(example, tokenizer, max_length=exactly)
@@ -354,6 +361,20 @@ def test_nothing_is_cut_that_fits(tokenizers: dict[str, Any]) -> None:
     assert tokenize(example, tokenizer, max_length=exactly - 1, truncation="drop") == Dropped(
         "longer than max_length", "e"
     )
+
+
+@pytest.mark.parametrize("scores", [(9.0, 2.5), (10.0, 1.0), (3.0, 7.3333333333)])
+def test_halves_that_both_fit_are_neither_cut_nor_dropped(tokenizers: dict[str, Any], scores: Any) -> None:
+    """Finds a row cut for a longer number than either half's; one token less, and both are too long."""
+    tokenizer, both = tokenizers["chatml"], halves(scored(scores=scores))
+    whole = [kept(half, tokenizer) for half in both]
+    exactly = max(len(row.prompt_ids) + max(map(len, row.response_ids)) for row in whole)
+    for truncation in ("cut", "drop"):
+        rows, counts = tokenize_all(both, tokenizer, max_length=exactly, truncation=truncation)
+        assert [row.prompt_ids.tolist() for row in rows] == [row.prompt_ids.tolist() for row in whole]
+        assert not counts.notes and not counts.dropped
+    rows, counts = tokenize_all(both, tokenizer, max_length=exactly - 1, truncation="drop")
+    assert not rows and counts.dropped == {"longer than max_length": 2}
 
 
 def test_a_prompt_that_is_all_goal_is_dropped(tokenizers: dict[str, Any]) -> None:
@@ -466,12 +487,17 @@ def test_impossible_limits_are_refused(tokenizers: dict[str, Any], options: dict
 def test_all_at_once_is_one_by_one(tokenizers: dict[str, Any]) -> None:
     """Finds a cache or a batch that mixes rows up."""
     examples = []
+    goals: dict[str, set[str | None]] = {}
     for n in range(300):
         example = scored(words(1 + n % 90), responses=(words(1 + n % 70, "x"), words(n % 7, "y") + "."))
-        examples += halves(replace(example, example_id=f"e{n}"))
+        both = halves(replace(example, example_id=f"e{n}"))
+        examples += both
+        goals[f"e{n}"] = {half.goal_text for half in both}
     for name in ("chatml", "plain"):
         rows, counts = tokenize_all(examples, tokenizers[name], max_length=400)
-        alone = [kept(example, tokenizers[name], max_length=400) for example in examples]
+        alone = [
+            kept(half, tokenizers[name], max_length=400, goal_texts=goals[half.example_id]) for half in examples
+        ]
         assert counts.kept == len(rows) == len(alone)
         for a, b in zip(rows, alone, strict=True):
             assert a.prompt_ids.tolist() == b.prompt_ids.tolist()
@@ -489,10 +515,30 @@ def test_columns_keep_numbers_of_one_type(tokenizers: dict[str, Any]) -> None:
     examples = [replace(unconditioned(scored(attributes={"honesty": (1, 2)})), extras=extra) for extra in extras]
     rows, _ = tokenize_all(examples, tokenizers["chatml"])
     assert [dict(row.extras) for row in rows] == [
-        {"margin": 1.0, "group": 3, "honesty": (1, 2)},
-        {"margin": 0.5, "group": 4, "honesty": (1, 2)},
+        {"margin": 1.0, "group": 3, "honesty": (1, 2), "goal_distances": (0.0, 42.25)},
+        {"margin": 0.5, "group": 4, "honesty": (1, 2), "goal_distances": (0.0, 42.25)},
     ]
     assert all(isinstance(row.extras["margin"], float) for row in rows)
+
+
+def test_distances_to_the_goal_travel_with_the_row(tokenizers: dict[str, Any]) -> None:
+    """Finds a list whose overall scores tie taken for one that prefers nothing."""
+    recipe = Recipe(template=ATTRIBUTES_TEMPLATE, attributes=("help", "truth"))
+    several = scored(
+        responses=("a", "b", "c"), scores=(5, 5, 5), attributes={"help": (9, 8, 2), "truth": (3, 3, 8)}
+    )
+    one = scored(responses=("a", "b", "c"), scores=(9, 5, 6))
+    rows, _ = tokenize_all([*halves(several, recipe), *halves(one)], tokenizers["chatml"])
+    assert [row.extras["goal_distances"] for row in rows] == [
+        (0.0, 1.0, 74.0),
+        (0.0, 1.0, 61.0),
+        (0.0, 61.0, 74.0),
+        (0.0, 9.0, 16.0),
+        (0.0, 1.0, 9.0),
+        (0.0, 1.0, 16.0),
+    ]
+    (plain,), _ = tokenize_all([unconditioned(replace(one, scores=None))], tokenizers["chatml"])
+    assert "goal_distances" not in plain.extras
 
 
 # --- tokenizers on disk ---
@@ -584,6 +630,52 @@ def test_inspect_marks_what_is_scored(tmp_path: Path, tiny_model_dir: Path) -> N
     assert "kept 2: prompt cut to fit max_length" in ran.output
     assert re.search(r"prompt \d+ tokens \(\d+ cut\)", ran.output)
     assert "\x1b" not in ran.output
+
+
+def test_inspect_names_the_goal_of_each_row_of_a_list(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Finds the goal of another row: a list has several rows of one id and half."""
+    rows = halves(scored(responses=("Good.", "Fair.", "Bad."), scores=(9, 5.5, 2)), SYSTEM)
+    write_relabelled(tmp_path / "data", {"train": rows}, SYSTEM)
+    ran = CliRunner().invoke(main, ["inspect", str(tmp_path / "data"), "--model", str(tiny_model_dir)])
+    assert ran.exit_code == 0, ran.output
+    shown = ran.output.split("=====\n")[1:]
+    assert len(shown) == 3
+    for text, goal in zip(shown, ("9", "5.5", "2"), strict=True):
+        assert text.startswith(f"goal {goal}\n") and f"Overall score: {goal}." in text
+        assert text.index("----- chosen, score " + goal) < text.index("----- response 2, score")
+
+
+def test_inspect_shows_what_a_configuration_trains_on(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Finds a preview of other rows than those of `train -c`: without goals, of another length, unsplit."""
+    lines = [
+        {"prompt": f"Say {n}", "chosen": words(90), "rejected": "No.", "score_chosen": 8, "score_rejected": 4}
+        for n in range(8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{path: {tiny_model_dir}}}\ndata: {{source: {tmp_path / 'pairs.jsonl'}, valid_fraction: 0.25}}\n"
+        "relabel: {score_range: [1, 10], mapping: identity}\ntokenization: {max_length: 300}\n"
+    )
+    run = lambda *more: CliRunner().invoke(main, ["inspect", "-c", str(config), "-n", "99", *more])  # noqa: E731
+    for split, n in (("train", 12), ("valid", 4)):
+        ran = run("--split", split)
+        assert ran.exit_code == 0, ran.output
+        assert ran.output.count("\ngoal 8\n") == ran.output.count("\ngoal 4\n") == n // 2
+        assert f"{n} rows kept, 0 dropped" in ran.output and " cut) scored" in ran.output
+    wrong = {"--limit 9": "leave out --limit", "pairs.jsonl": "SOURCE", "--split x": "gives train, valid"}
+    for more, said in wrong.items():
+        ran = run(*more.split())
+        assert ran.exit_code == 2 and said in ran.output, ran.output
+
+
+def test_inspect_takes_the_score_that_is_named(tmp_path: Path, tiny_model_dir: Path) -> None:
+    source = tmp_path / "list.jsonl"
+    row = {"prompt": "Hi", "responses": [{"text": "A.", "help": 1, "truth": 5}, {"text": "B.", "help": 4, "truth": 2}]}
+    source.write_text(json.dumps(row) + "\n")
+    ran = CliRunner().invoke(main, ["inspect", str(source), "--model", str(tiny_model_dir), "--score", "help"])
+    assert ran.exit_code == 0, ran.output
+    assert "chosen, score 4" in ran.output and "⟦B." in ran.output.split("rejected")[0]
 
 
 def test_inspect_marks_single_tokens(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -101,6 +101,8 @@ def command(
         adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
         recipe_path=recipe_path, backend=backend,
     )  # fmt: skip
+    if opened.facts.get("init_from"):
+        console.warn(f"trained against adapter {opened.facts['init_from']}; measured against the base")
     recipe = _recipe(opened, examples, written_with, is_relabelled(data))
     lengths = _lengths(opened.facts, options)
     store = None
@@ -244,6 +246,7 @@ def _about(
         "unread": dict(counts.dropped),
         "model": str(opened.policy.path),
         "adapter": adapter_path,
+        "init_from": opened.facts.get("init_from"),
         "reference": opened.policy.fingerprint,
         "way": opened.policy.way,
         "backend": opened.backend.__name__.rsplit(".", 1)[-1],

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
 from mlxpref.cli import console
+from mlxpref.config_layers import load_config
+from mlxpref.data.recipe import goal_words
 from mlxpref.data.relabel import unconditioned
 from mlxpref.data.relabelled import is_relabelled, read_relabelled
 from mlxpref.data.sources import SourceSpec, parse_columns, read_source
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
 from mlxpref.errors import DataError, UsageError
+from mlxpref.prepare import prepare
 from mlxpref.records import Conditioned, Counts, Tokenized
 
 EPILOG = """\b
@@ -28,13 +32,19 @@ What stands between ⟦ and ⟧ (on a terminal: in green) is scored; everything 
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
+BESIDE_CONFIG = frozenset({"file", "number", "pick", "tokens", "split", "seed"})
+"""Options that say what to print; with a configuration it says all the others."""
+
 SHOWN = 80
 """Characters of the prompt's end that are repeated before each further response."""
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source")
-@click.option("--model", required=True, metavar="PATH", help="Folder or hub id whose tokenizer reads the data.")
+@click.argument("source", required=False)
+@click.option(
+    "-c", "--config", "file", type=click.Path(path_type=Path), help="Show what `train` reads with this YAML file."
+)
+@click.option("--model", metavar="PATH", help="Folder or hub id whose tokenizer reads the data.")
 @click.option("--model-revision", metavar="REV", help="Revision of the model on the hub.")
 @click.option("-n", "--number", type=click.IntRange(0), default=3, show_default=True, help="Examples to print.")
 @click.option(
@@ -53,42 +63,80 @@ SHOWN = 80
               help="What happens to rows that are too long.")  # fmt: skip
 @click.option("--format", "data_format", metavar="NAME", help="Format of the source; detected by default.")
 @click.option("--columns", metavar="OURS=THEIRS,…", help="Columns of other names: prompt=question,chosen=best.")
-@click.option("--config", metavar="NAME", help="Configuration of a hub data set.")
-@click.option("--split", metavar="NAME", help="Split to read.  [default: train]")
+@click.option("--score", metavar="NAME", help="Which score is the score, where the data have several.")
+@click.option("--data-config", metavar="NAME", help="Configuration of a hub data set.")
+@click.option("--split", metavar="NAME", help="Split to read; of a configuration train or valid.  [default: train]")
 @click.option("--revision", metavar="REV", help="Revision of a hub data set.")
 @click.option("--limit", type=click.IntRange(1), help="Rows to read at most.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides what --pick random picks.")
-def command(source: str, **options: Any) -> None:
+@click.pass_context
+def command(context: click.Context, source: str | None, **options: Any) -> None:
     """Print examples of SOURCE as a model reads them, scored tokens marked, and a summary of all.
 
     SOURCE is relabelled data, or any data set relabel reads; its rows are then shown without a goal.
+    A configuration instead of SOURCE shows the rows that training with it would see.
     """
-    examples = _read(source, options)
-    tokenizer = load_tokenizer(options["model"], revision=options["model_revision"])
-    rows, counts = tokenize_all(
-        examples,
-        tokenizer,
-        **{name: options[name] for name in ("max_length", "max_prompt_length", "truncation")},
-    )
-    texts = {(example.example_id, example.half): example for example in examples}
+    if options["file"] is None:
+        rows, counts, tokenizer = _from_source(source, options)
+    else:
+        _check_beside_config(context, source)
+        rows, counts, tokenizer = _from_config(options["file"], options["split"] or "train")
     for row in _pick(rows, options["pick"], options["number"], options["seed"]):
-        for line in example_lines(row, texts[row.example_id, row.half], tokenizer, each=options["tokens"]):
+        for line in example_lines(row, tokenizer, each=options["tokens"]):
             console.say(line)
     _summary(rows, counts)
 
 
+def _check_beside_config(context: click.Context, source: str | None) -> None:
+    given = {
+        name for name in context.params if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+    }
+    idle = ["SOURCE"] if source is not None else []
+    idle += [_flag(name) for name in sorted(given - BESIDE_CONFIG - {"source"})]
+    if idle:
+        raise UsageError(f"the configuration says what is read, and how: leave out {', '.join(idle)}")
+
+
+Found = tuple[Sequence[Tokenized], Mapping[str, Counts], Any]
+"""Rows, what was kept and dropped on the way by stage, and the tokenizer."""
+
+
+def _from_config(file: Path, split: str) -> Found:
+    config = load_config(file)
+    tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
+    prepared = prepare(config, tokenizer=tokenizer)
+    for line in prepared.said:
+        console.note(line)
+    splits = {"train": prepared.train, "valid": prepared.valid}
+    if not splits.get(split):
+        there = ", ".join(name for name, rows in splits.items() if rows)
+        raise UsageError(f"--split {split}: {file} gives {there}")
+    return splits[split], prepared.counts, tokenizer
+
+
+def _from_source(source: str | None, options: dict[str, Any]) -> Found:
+    if source is None or options["model"] is None:
+        raise UsageError("what is to be shown? Give SOURCE and --model, or a configuration with -c")
+    examples = _read(source, options)
+    tokenizer = load_tokenizer(options["model"], revision=options["model_revision"])
+    lengths = {name: options[name] for name in ("max_length", "max_prompt_length", "truncation")}
+    rows, counts = tokenize_all(examples, tokenizer, **lengths)
+    return rows, {"": counts}, tokenizer
+
+
 def _read(source: str, options: dict[str, Any]) -> list[Conditioned]:
     if is_relabelled(source):
-        clash = [name for name in ("data_format", "columns", "config", "revision") if options[name]]
+        clash = [name for name in ("data_format", "columns", "score", "data_config", "revision") if options[name]]
         if clash:
-            flag = "--" + clash[0].removeprefix("data_")
+            flag = _flag(clash[0])
             raise UsageError(f"{source} is relabelled data, which {flag} does not apply to; leave it out")
         return read_relabelled(source).read(options["split"] or "train")[: options["limit"]]
     spec = SourceSpec(
         source,
         format=options["data_format"],
         columns=parse_columns(options["columns"]) if options["columns"] else None,
-        **{name: options[name] for name in ("config", "split", "revision", "limit")},
+        config=options["data_config"],
+        **{name: options[name] for name in ("score", "split", "revision", "limit")},
     )
     found, counts = read_source(spec)
     for line in counts.lines():
@@ -97,6 +145,10 @@ def _read(source: str, options: dict[str, Any]) -> list[Conditioned]:
         raise DataError(f"{source}: no row can be used")
     console.note(f"{source} is not relabelled: rows are shown without a goal (see mlxpref relabel)")
     return [unconditioned(example) for example in found]
+
+
+def _flag(name: str) -> str:
+    return "--format" if name == "data_format" else "--" + name.replace("_", "-")
 
 
 def _pick(rows: Sequence[Tokenized], how: str, number: int, seed: int) -> list[Tokenized]:
@@ -111,12 +163,12 @@ def _pick(rows: Sequence[Tokenized], how: str, number: int, seed: int) -> list[T
 # --- one example ---
 
 
-def example_lines(row: Tokenized, example: Conditioned, tokenizer: Any, *, each: bool) -> Iterator[str]:
+def example_lines(row: Tokenized, tokenizer: Any, *, each: bool) -> Iterator[str]:
     """The first response after the whole prompt, the others after its end; scored tokens marked."""
     prompt = tokenizer.decode(row.prompt_ids)
     length = _count(len(row.prompt_ids), row.prompt_cut)
     yield f"\n===== {row.example_id} · half {row.half or 'none'} · prompt {length} ====="
-    yield f"goal: {'none' if example.goal_text is None else example.goal_text}"
+    yield goal_words(row.goal)
     for k, ids in enumerate(row.response_ids):
         role = "chosen" if k == 0 else "rejected" if len(row.response_ids) == 2 else f"response {k + 1}"
         score = "" if row.scores is None else f", score {row.scores[k]:g}"
@@ -158,7 +210,7 @@ def _whole(row: Tokenized) -> int:
     return len(row.prompt_ids) + row.prompt_cut + longest
 
 
-def _summary(rows: Sequence[Tokenized], counts: Counts) -> None:
+def _summary(rows: Sequence[Tokenized], counts: Mapping[str, Counts]) -> None:
     console.say("")
     if rows:
         lengths = {
@@ -178,7 +230,8 @@ def _summary(rows: Sequence[Tokenized], counts: Counts) -> None:
                 for name, values in lengths.items()
             ],
         )
-    dropped = sum(counts.dropped.values())
-    console.say(f"{counts.kept} rows kept, {dropped} dropped")
-    for line in counts.lines():
-        console.say(line)
+    for stage, found in counts.items():
+        where = f"{stage}: " if stage else ""
+        console.say(f"{where}{found.kept} rows kept, {sum(found.dropped.values())} dropped")
+        for line in found.lines():
+            console.say(line)

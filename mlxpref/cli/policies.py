@@ -49,7 +49,7 @@ def policy_options(command: F) -> F:
                 metavar="FOLDER|ID",
                 help="Model folder or hub id. With an adapter: its base, where that has moved.",
             ),
-            click.option("--revision", help="Branch, tag or commit of a model on the hub."),
+            click.option("--revision", help="Branch, tag or commit of a --model on the hub; an adapter names its own."),
             click.option(
                 "--dtype",
                 type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -86,7 +86,7 @@ def open_policy(
     if adapter_path is None and model is None:
         raise UsageError("which policy? Give --adapter-path FOLDER, or --model for a model without an adapter")
     if revision is not None and (adapter_path is not None or model is None):
-        raise UsageError("--revision is for a --model on the hub without an adapter")
+        raise UsageError("--revision is for a --model on the hub without an adapter, which names its own")
     facts = {} if adapter_path is None else adapter_facts(adapter_path)
     recipe = None if adapter_path is None else adapter_recipe(adapter_path)
     if recipe_path is not None:

@@ -157,7 +157,7 @@ def seed(row: Row, columns: frozenset[str]) -> Draft:
         fine = named.pop(f"fine_grain_score_{side}", None)
         if isinstance(fine, Sequence) and len(fine) == len(ULTRAFEEDBACK):
             named |= {f"{name}_{side}": value for name, value in zip(ULTRAFEEDBACK, fine, strict=True)}
-    return replace(preference(named, columns.union(named)), scales={"score": (1, 10), **RATED})
+    return replace(preference(named, columns.union(named)), scales={"overall_score": (1, 10), **RATED})
 
 
 @data_format(

@@ -98,8 +98,8 @@ def fit_map(scores: Sequence[float], *, kind: str, score_range: Range | None, go
         kind: "identity"; "affine": the score range (declared, else as seen) onto the goal range;
             "quantile": by rank, the lowest score seen to the low end, the highest to the high end;
             "auto": the identity if the declared scale is the goals', or, with none declared, the scores
-            seen lie on it and reach nearly to its top; else affine. Stars 1-5 are on 1-10, and yet
-            their best must not become a middling goal.
+            seen lie on it and reach nearly to its top (or are all one); else affine. Stars 1-5 are on
+            1-10, and yet their best must not become a middling goal.
         score_range: the scale the scores are on, where it is known.
         goal_range: the scale the prompt names.
 
@@ -114,7 +114,8 @@ def fit_map(scores: Sequence[float], *, kind: str, score_range: Range | None, go
     seen = min(scores), max(scores)
     if kind == "auto":
         low, high = goal_range
-        fills = low <= seen[0] and high - NEAR_TOP * (high - low) < seen[1] <= high
+        near_top = seen[1] > high - NEAR_TOP * (high - low) or seen[0] == seen[1]
+        fills = low <= seen[0] and seen[1] <= high and near_top
         kind = "identity" if score_range == goal_range or (score_range is None and fills) else "affine"
     if kind == "identity":
         return IDENTITY

@@ -91,7 +91,8 @@ def tokenize_all(
 ) -> tuple[list[Tokenized], Counts]:
     """Tokens of all examples, in their order, and what was dropped and cut; else as :func:`tokenize`.
 
-    Neighbours of one ``example_id`` are halves of one source and are cut, or dropped, alike. A column that holds whole numbers in some rows and fractions in others becomes fractions in all.
+    Neighbours of one ``example_id`` are halves of one source and are cut, or dropped, alike. A column that
+    holds whole numbers in some rows and fractions in others becomes fractions in all.
 
     Raises:
         DataError: ``strict``, and a row was dropped.

@@ -1,6 +1,7 @@
 """Evaluation: what a policy prefers, under the goals it was trained with and without any.
 
-An example takes part in all its views or in none, so that views compare the same examples.
+An example takes part in all its views or in none, so that views compare the same examples (but for
+views that prefer nothing in it, see ``views``).
 """
 
 from __future__ import annotations
@@ -174,9 +175,11 @@ def _prepare(
 
 
 def _tokenize_views(views: Sequence[View], tokenizer: Any, lengths: Mapping[str, Any]) -> list[Tokenized] | Dropped:
+    # Cut as in training, where the halves are cut together.
+    goal_texts = {view.row.goal_text for view in views if view.row.half is not None and view.row.goal_text is not None}
     rows = []
     for view in views:
-        row = tokenize(view.row, tokenizer, **lengths)
+        row = tokenize(view.row, tokenizer, goal_texts=goal_texts, **lengths)
         if isinstance(row, Dropped):
             return row
         rows.append(row)

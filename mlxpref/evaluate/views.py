@@ -7,7 +7,8 @@ Each example is looked at in up to four views, all through the recipe that train
 - ``top``: the goal is the recipe's highest;
 - ``unconditioned``: no goal, as plain preference data.
 
-Without a recipe there is the last one only; unscored data have no halves.
+Without a recipe there is the last one only; unscored data have no halves. A view in which nothing is
+preferred to anything is left out: several attributes may tell responses apart whose overall scores tie.
 """
 
 from __future__ import annotations
@@ -49,21 +50,21 @@ class View:
 
 def views_of(source: int, example: Scored, recipe: Recipe | None) -> tuple[View, ...] | Dropped:
     """The views of one example, or why it has none: nothing in it is preferred to anything."""
-    plain = _view("unconditioned", source, example, unconditioned(example), preferences(example, recipe))
-    if not plain.pairs:
-        same = len(set(example.responses)) == 1
-        return Dropped("identical responses" if same else TIE, example.example_id)
-    if recipe is None:
-        return (plain,)
-    halves = relabel(example, recipe)
-    if isinstance(halves, Dropped):
-        return halves
-    try:
-        top = _conditioned_view("top", source, example, _at_top(example, recipe), recipe)
-    except DataError as error:
-        return Dropped(str(error), example.example_id)
-    conditioned = [_conditioned_view(row.half, source, example, row, recipe) for row in halves if row.half is not None]
-    return tuple(view for view in (*conditioned, top, plain) if view.pairs)
+    if len(set(example.responses)) == 1:
+        return Dropped("identical responses", example.example_id)
+    views = [_view("unconditioned", source, example, unconditioned(example), preferences(example, recipe))]
+    if recipe is not None:
+        halves = relabel(example, recipe)
+        if isinstance(halves, Dropped):
+            return halves
+        try:
+            views.insert(0, _conditioned_view("top", source, example, _at_top(example, recipe), recipe))
+        except DataError as error:
+            return Dropped(str(error), example.example_id)
+        given = [row for row in halves if row.half is not None]
+        views = [*(_conditioned_view(str(row.half), source, example, row, recipe) for row in given), *views]
+    kept = tuple(view for view in views if view.pairs)
+    return kept or Dropped(TIE, example.example_id)
 
 
 def _at_top(example: Scored, recipe: Recipe) -> Conditioned:

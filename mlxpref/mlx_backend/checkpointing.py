@@ -28,7 +28,11 @@ class _Layer:
         position, cache = _find_cache(args, kwargs)
         layer = self._layer
 
+        drawn, after = mx.random.split(mx.random.state[0])
+
         def run(parameters: dict[str, Any], hidden: mx.array, given: list[mx.array]) -> Any:
+            # Again in the backward pass: the same dropout has to be drawn there.
+            mx.random.state[0][:] = drawn
             layer.update(parameters)
             inner = None if cache is None else cache.with_given(given)
             replaced = (inner if i == position else value for i, value in enumerate(args))
@@ -38,6 +42,7 @@ class _Layer:
 
         parameters = layer.trainable_parameters()
         output, written = mx.checkpoint(run)(parameters, hidden, [] if cache is None else cache.given())
+        mx.random.state[0][:] = after
         layer.update(parameters)
         if cache is not None:
             cache.keep(written)

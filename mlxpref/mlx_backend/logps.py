@@ -16,7 +16,7 @@ chunk, so soft-caps, scales, tied and quantised heads need no case of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from mlxpref.mlx_backend.checkpointing import checkpointed_layers
 from mlxpref.records import Logps, MicroBatch
 
 HEAD_CHUNK = 512
-"""Rows of hidden states that meet the vocabulary at once."""
+"""Most rows of hidden states that meet the vocabulary at once."""
 
 _BODY_NAMES = ("model", "transformer", "backbone")
 
@@ -69,14 +69,16 @@ class Network:
 
     Attributes:
         model: the mlx-lm model, untouched.
+        vocabulary: V, which decides how many rows meet the head at once.
         split_head: whether body and head could be told apart; otherwise whole rows of logits are made.
         outer: names of trainable parameters outside the layers, which the head may use.
         grad_checkpoint: recompute layers in the backward pass.
         first_adapted: index of the lowest layer that trains; nothing below is differentiated.
     """
 
-    def __init__(self, model: nn.Module, *, split_head: bool = True):
+    def __init__(self, model: nn.Module, *, vocabulary: int, split_head: bool = True):
         self.model = model
+        self.vocabulary = vocabulary
         self.owner, self.body_name = find_body(model)
         self.split_head = split_head and bool(self.body_name)
         self.grad_checkpoint = False
@@ -143,23 +145,33 @@ def _row_logps(network: Network, hidden: mx.array, targets: mx.array) -> mx.arra
     return picked - mx.logsumexp(logits, axis=-1)
 
 
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of one chunk: at most ``HEAD_CHUNK``, fewer where they would make logits of over 25 MB.
+
+    About a dozen arrays of a chunk's size are alive at once: MLX allocates some tasks ahead.
+    """
+    return max(64, min(HEAD_CHUNK, int(25e6 / (4 * vocabulary))))
+
+
 def _chunked(network: Network, hidden: mx.array, targets: mx.array, differentiate: bool) -> mx.array:
-    """Log-probs of all rows, chunk after chunk; one chunk's logits are alive at a time."""
-    score = _scorer(network) if differentiate else lambda h, t: _row_logps(network, h, t)
+    """Log-probs of all rows, chunk after chunk."""
+    bounds = _bounds(hidden.shape[0], chunk_rows(network.vocabulary))
+    if differentiate and network.outer:
+        return _recomputed(network, hidden, targets, bounds)
+    score = _unit_vjp if differentiate else _row_logps
     results: list[mx.array] = []
-    for start in range(0, hidden.shape[0], HEAD_CHUNK):
-        chunk, wanted = hidden[start : start + HEAD_CHUNK], targets[start : start + HEAD_CHUNK]
-        if results:
-            # Without this edge the scheduler runs all chunks side by side and nothing is saved.
-            chunk = mx.depends([chunk], [results[-1]])[0]
-        results.append(score(chunk, wanted))
-    return mx.concatenate(results) if len(results) > 1 else results[0]
+    for start, end in bounds:
+        results.append(score(network, _after(hidden[start:end], results[-1:]), targets[start:end]))
+    return mx.concatenate(results)
 
 
-def _scorer(network: Network) -> Callable[[mx.array, mx.array], mx.array]:
-    if not network.outer:
-        return lambda hidden, targets: _unit_vjp(network, hidden, targets)
-    return lambda hidden, targets: _recomputed(network, hidden, targets)
+def _bounds(n: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _after(chunk: mx.array, before: list[mx.array]) -> mx.array:
+    """The chunk, to be computed once ``before`` is: else the scheduler runs all chunks side by side."""
+    return mx.depends([chunk], before)[0] if before else chunk
 
 
 def _unit_vjp(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
@@ -182,15 +194,45 @@ def _unit_vjp(network: Network, hidden: mx.array, targets: mx.array) -> mx.array
     return both(hidden, targets)[0]
 
 
-def _recomputed(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Log-probs for heads that train: the chunk's logits are made again in the backward pass."""
+def _recomputed(
+    network: Network, hidden: mx.array, targets: mx.array, bounds: list[tuple[int, int]]
+) -> mx.array:
+    """Log-probs of all rows for heads that train: each chunk's logits are made again in the backward pass,
+    one chunk after another there too, with the dropout they were made with."""
     outer = _select(network.model.trainable_parameters(), network.outer)
+    names = list(outer)
+    keys = mx.random.split(mx.random.state[0], len(bounds) + 1)
 
-    def score(outer: dict[str, mx.array], hidden: mx.array) -> mx.array:
-        network.model.load_weights(list(outer.items()), strict=False)
-        return _row_logps(network, hidden, targets)
+    def score(index: int, wanted: mx.array, chunk: mx.array, values: list[mx.array]) -> mx.array:
+        mx.random.state[0][:] = keys[index]
+        network.model.load_weights(list(zip(names, values, strict=True)), strict=False)
+        return _row_logps(network, chunk, wanted)
 
-    result = mx.checkpoint(score)(outer, hidden)
+    @mx.custom_function
+    def whole(hidden: mx.array, targets: mx.array, *values: mx.array) -> mx.array:
+        results: list[mx.array] = []
+        for index, (a, b) in enumerate(bounds):
+            results.append(score(index, targets[a:b], _after(hidden[a:b], results[-1:]), list(values)))
+        return mx.concatenate(results)
+
+    @whole.vjp
+    def whole_vjp(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, ...]:
+        hidden, targets, *values = primals
+        slopes: list[mx.array] = []
+        sums: list[mx.array] = []
+        for index, (a, b) in enumerate(bounds):
+
+            def again(chunk: mx.array, *values: mx.array, index: int = index, a: int = a, b: int = b) -> mx.array:
+                return score(index, targets[a:b], chunk, list(values))
+
+            chunk = _after(hidden[a:b], [*sums, *slopes[-1:]])
+            _, found = mx.vjp(again, [chunk, *values], [cotangent[a:b]])
+            slopes.append(found[0])
+            sums = list(found[1:]) if not sums else [x + y for x, y in zip(sums, found[1:], strict=True)]
+        return (mx.concatenate(slopes), mx.zeros_like(targets), *sums)
+
+    result = whole(hidden, targets, *outer.values())
+    mx.random.state[0][:] = keys[-1]
     network.model.load_weights(list(outer.items()), strict=False)
     return result
 

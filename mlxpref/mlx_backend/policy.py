@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, load_tokenizer
 
@@ -73,10 +73,6 @@ class Policy:
     @property
     def share_prompts(self) -> bool:
         return self.way == "shared"
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.eos_token_ids)
 
     @property
     def n_trainable(self) -> int:
@@ -188,10 +184,11 @@ def load_policy(
         fine_tune_type, num_layers, lora = adapter.read_settings(Path(init_from))
     else:
         lora = resolve_lora(lora_parameters)
+    base = base_hash(folder, config)
+    network = Network(model, vocabulary=vocabulary_size(config))
     policy = Policy(
-        model, tokenizer, Network(model), folder, config, fine_tune_type, num_layers, lora,
-        base_fingerprint=fingerprint(folder, config, None),
-        fingerprint=fingerprint(folder, config, init_from, dtype_name(model)),
+        model, tokenizer, network, folder, config, fine_tune_type, num_layers, lora,
+        base_fingerprint=base, fingerprint=reference_hash(base, dtype_name(model), init_from),
     )  # fmt: skip
     if trainable:
         _choose_trainable(policy)
@@ -238,8 +235,20 @@ def _cast(model: nn.Module, dtype: str | None) -> None:
         return
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
-    model.set_dtype(DTYPES[dtype])
+    keep = getattr(model, "cast_predicate", lambda _: True)  # some models keep parts in float32
+    target = DTYPES[dtype]
+    model.update(
+        tree_map_with_path(
+            lambda name, w: w.astype(target) if mx.issubdtype(w.dtype, mx.floating) and keep(name) else w,
+            model.parameters(),
+        )
+    )
     mx.eval(model.parameters())
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int:
+    """V by the model's own config."""
+    return int((config.get("text_config") or config).get("vocab_size", 256))
 
 
 def dtype_name(model: nn.Module) -> str:
@@ -277,6 +286,8 @@ def _choose_trainable(policy: Policy) -> None:
         raise ConfigError(
             f"unknown fine_tune_type {policy.fine_tune_type!r}; one of {', '.join(FINE_TUNE_TYPES)}"
         )
+    if policy.num_layers == 0:
+        raise ConfigError("num_layers 0 trains nothing; give a number of layers from the last, or -1 for all")
     count = len(layers) if policy.num_layers < 0 else min(policy.num_layers, len(layers))
     if policy.fine_tune_type == "full":
         _unfreeze(policy, count)
@@ -300,7 +311,9 @@ def _set_precision(policy: Policy) -> None:
     name = dtype_name(policy.model)
     full = policy.fine_tune_type == "full"
     values = policy.trainable()
-    policy.dtypes = {key: value.dtype if full else DTYPES[name] for key, value in values.items()}
+    # DoRA's magnitudes stay in float32, as mlx-lm has them: rounded, the policy would not start as its reference.
+    kept = {key for key in values if full or key.endswith(".m")}
+    policy.dtypes = {key: value.dtype if key in kept else DTYPES[name] for key, value in values.items()}
     policy.set_masters({key: value.astype(mx.float32) for key, value in values.items()})
     mx.eval(policy.model.parameters(), policy.masters)
 
@@ -336,22 +349,27 @@ def layer_prefix(model: nn.Module) -> str:
     raise ModelError(f"cannot find the layers of {type(model).__module__} under {body!r}")
 
 
-def fingerprint(folder: Path, config: Mapping[str, Any], init_from: str | None, dtype: str = "") -> str:
-    """Hash of the weights' bytes (and of the starting adapter's, and the dtype they are used in), 16 hex digits.
-
-    The reference depends on nothing else but token ids.
-    """
+def base_hash(folder: Path, config: Mapping[str, Any]) -> str:
+    """Hash of a model's config and of its weights' bytes, 16 hex digits."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    digest.update(dtype.encode())
-    files = sorted(folder.glob("model*.safetensors"))
+    _digest_files(digest, sorted(folder.glob("model*.safetensors")))
+    return digest.hexdigest()[:16]
+
+
+def reference_hash(base: str, dtype: str, init_from: str | None) -> str:
+    """What reference log-probs depend on besides token ids: weights, dtype, and the adapter started from."""
+    digest = hashlib.sha256(f"{base} {dtype}".encode())
     if init_from is not None:
-        files += [Path(init_from) / "adapters.safetensors", Path(init_from) / "adapter_config.json"]
+        _digest_files(digest, [Path(init_from) / name for name in ("adapters.safetensors", "adapter_config.json")])
+    return digest.hexdigest()[:16]
+
+
+def _digest_files(digest: Any, files: list[Path]) -> None:
     for file in files:
         if not file.exists():
             raise AdapterError(f"{file.parent}: {file.name} is missing; is this an adapter folder?")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def _count(model: nn.Module) -> int:

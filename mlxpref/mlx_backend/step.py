@@ -97,14 +97,19 @@ class Step:
         return self._parts(masters, batch, differentiate=False)[1]
 
     def _update_of(
-        self, masters: dict[str, mx.array], state: Any, gradients: dict[str, mx.array], rate: mx.array
+        self,
+        masters: dict[str, mx.array],
+        state: Any,
+        gradients: dict[str, mx.array],
+        rate: mx.array,
+        loss: mx.array,
     ) -> tuple[dict[str, mx.array], Any, mx.array, mx.array]:
-        """Clip, update, and keep everything as it was if any gradient is not finite."""
+        """Clip, update, and keep everything as it was if the loss or any gradient is not finite."""
         norm = mx.sqrt(sum(mx.square(gradients[name]).sum() for name in sorted(gradients)))
         if self.max_grad_norm is not None:
             factor = mx.minimum(self.max_grad_norm / mx.maximum(norm, 1e-6), 1.0)
             gradients = {name: g * factor for name, g in gradients.items()}
-        finite = mx.isfinite(norm)
+        finite = mx.isfinite(norm) & mx.isfinite(loss)
         # The optimiser writes into nested dictionaries: give it its own, keep the old ones whole.
         self.optimizer.state = {**tree_map(lambda value: value, state), "learning_rate": rate}
         moved = self.optimizer.apply_gradients(gradients, masters)
@@ -139,8 +144,8 @@ class Step:
             parts.append(part)
             if index + 1 < len(batch.parts):
                 mx.eval(gradients, part)  # one micro-batch's activations at a time
-        rate = mx.array(learning_rate, mx.float32)
-        masters, state, norm, finite = self._update(policy.masters, self.optimizer.state, gradients, rate)
+        rate, loss = mx.array(learning_rate, mx.float32), sum(part.losses.sum() for part in parts)
+        masters, state, norm, finite = self._update(policy.masters, self.optimizer.state, gradients, rate, loss)
         policy.set_masters(masters)
         self.optimizer.state = state
         mx.eval(policy.masters, policy.trainable(), state, self.random, norm, finite, parts)
