@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mlxpref.errors import ModelError
@@ -24,13 +25,22 @@ def model_folder(path: str, *, revision: str | None = None, weights: bool = True
     if folder.is_dir():
         if revision is not None:
             raise ModelError(f"{path} lies on this disk: a revision ({revision}) is for a hub id")
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: no config.json; a model folder holds config.json, weights and tokenizer")
+        _check_config(folder)
         return folder
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local:
         raise ModelError(f"{path}: no such folder (a hub id has the form owner/name)")
     return _download(path, revision, weights)
+
+
+def _check_config(folder: Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder}: no config.json; a model folder holds config.json, weights and tokenizer")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: not JSON ({error}); fetch the model again") from error
 
 
 def _download(path: str, revision: str | None, weights: bool) -> Path:

@@ -208,6 +208,15 @@ def _check_free(path: Path) -> None:
         )
     if held:
         raise RunError(f"{path}: already holds an adapter that is not a run's; choose another --adapter-path")
+    # A run that failed before its first step may have left these; anything else is somebody's.
+    ours = {CONFIG, FACTS, METRICS, "checkpoints"}
+    names = sorted(found.name for found in path.iterdir()) if path.is_dir() else []
+    others = [name for name in names if name not in ours and not name.startswith(".")]
+    if others:
+        shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        raise RunError(
+            f"{path}: is not empty ({shown}), and a run needs a folder of its own; choose another --adapter-path"
+        )
 
 
 def _clear_unfinished(path: Path) -> None:

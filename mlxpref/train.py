@@ -59,6 +59,7 @@ def train(
     Raises:
         MlxprefError: its children say what is wrong with configuration, data, model or run folder.
     """
+    config = absolute_paths(config)
     objective = resolve_objective(_spec(config))
     objective.check_supported()
     machine = backend if backend is not None else backends.get(config.model.backend)
@@ -75,6 +76,26 @@ def train(
             return result
     finally:
         listeners.close()
+
+
+def absolute_paths(config: Config) -> Config:
+    """The same configuration with every local path made absolute, so that a run can be resumed from any folder
+    and no local name is ever taken for a hub id."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
+
+    data, source = config.data, config.data.source
+    if isinstance(source, str):
+        source = absolute(source) or source
+    else:
+        source = tuple(one.model_copy(update={"path": absolute(one.path)}) for one in source)
+    changes = {
+        "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+        "data": data.model_copy(update={"source": source, "valid": absolute(data.valid)}),
+        "adapter": config.adapter.model_copy(update={"init_from": absolute(config.adapter.init_from)}),
+    }
+    return config.model_copy(update=changes)
 
 
 def _spec(config: Config) -> Any:

@@ -22,6 +22,13 @@ def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
         model_folder(str(tmp_path), revision="v2")
 
 
+def test_config_that_is_not_json_is_named(tmp_path: Path) -> None:
+    """Otherwise the tokenizer or the weights are blamed for it."""
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(ModelError, match=r"config\.json: not JSON"):
+        model_folder(str(tmp_path))
+
+
 @pytest.mark.parametrize("path", ["./nowhere", "no-such-model", "a/b/c"])
 def test_what_cannot_be_a_hub_id_is_a_missing_folder(path: str) -> None:
     """A mistyped path must not turn into a question to the hub."""

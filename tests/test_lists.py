@@ -16,13 +16,14 @@ from oracle import Example, random_examples
 from mlxpref.config_layers import load_config
 from mlxpref.objectives import resolve_objective
 from mlxpref.objectives.lift import pairs_of
+from mlxpref.records import Logps
 from mlxpref.train import train
 
 columns = test_objectives.columns
 
 
 def test_which_pairs_a_list_gives() -> None:
-    assert pairs_of(4, "first_two") == ((0, 1),)
+    assert pairs_of(4, "first_two") == ((0, 1), (0, 2), (0, 3))  # of which the first told apart counts
     assert pairs_of(4, "best_worst") == ((0, 3),)
     assert pairs_of(4, "best_rest") == ((0, 1), (0, 2), (0, 3))
     assert pairs_of(4, "all_pairs") == ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -118,3 +119,17 @@ def test_sft_in_a_mixture_keeps_to_the_best_of_a_list() -> None:
 def test_gradients_reach_every_response_of_a_list(library: Library) -> None:
     slopes, mask = test_objectives.slopes(library, "dpo", {"lift": "all_pairs"}, LISTS)
     assert (slopes[mask == 1] != 0).all() and not slopes[mask == 0].any()
+
+
+def test_first_two_takes_the_first_response_the_goal_tells_apart() -> None:
+    """A list whose two best are equally far from the goal would train nothing."""
+    policy = np.array([[-1.0, -2.0, -4.0], [-1.0, -2.0, -4.0], [-1.0, -2.0, -4.0]])
+    mask = np.ones((3, 3, 1))
+    columns = {
+        "policy": Logps(policy[..., None], mask),
+        "reference": Logps(np.zeros((3, 3, 1)), mask),
+        "goal_distances": np.array([[0.0, 1.0, 4.0], [0.0, 0.0, 4.0], [0.0, 0.0, 0.0]]),
+    }
+    found = resolve_objective({"name": "dpo", "beta": 1.0})(columns)
+    expected = [math.log1p(math.exp(-1.0)), math.log1p(math.exp(-3.0)), 0.0]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

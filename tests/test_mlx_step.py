@@ -414,6 +414,15 @@ def test_broken_model_folders(tmp_path: Path, tiny_model_dir: Path, assets: Path
         mlx_backend.load_policy(str(empty))
     with pytest.raises(ModelError, match="no such folder"):
         mlx_backend.load_policy(str(tmp_path / "nowhere"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_model_dir, damaged)
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-5000])
+    with pytest.raises(ModelError, match="incomplete or damaged"):
+        mlx_backend.load_policy(str(damaged))
+    speechless = tmp_path / "speechless"
+    shutil.copytree(tiny_model_dir, speechless, ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(ModelError, match="its tokenizer does not load"):
+        mlx_backend.load_policy(str(speechless))
     (empty / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no config\.json"):
         mlx_backend.load_policy(str(empty))

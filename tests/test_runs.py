@@ -265,3 +265,11 @@ def test_no_half_line_is_left_when_the_disk_fills(tmp_path: Path) -> None:
     assert "cannot write" in done.stdout
     found = lines(tmp_path)  # every line parses
     assert [line["step"] for line in found] == list(range(1, len(found) + 1)) and len(found) > 5
+
+
+def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
+    """A run inside a model or data folder mixes its files with theirs."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"is not empty \(model\.safetensors\)"), open_run(tmp_path, resume=False):
+        pass
+    assert [found.name for found in tmp_path.iterdir()] == ["model.safetensors"]

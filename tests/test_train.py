@@ -199,6 +199,17 @@ def test_lists_of_different_lengths_in_one_batch(configure: Any, tmp_path: Path)
         assert np.isfinite([row["rewards/margins"], row["logps/rejected"]]).all()
 
 
+def test_a_run_can_be_resumed_from_another_folder(
+    configure: Any, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path, read from elsewhere, is no longer there, and its name would go out as a hub id."""
+    monkeypatch.chdir(pairs.parent)
+    result = run(configure(f"data.source={pairs.name}"))
+    monkeypatch.chdir(tmp_path)
+    stored = (result.folder / "config.yaml").read_text()
+    assert f"source: {pairs}" in stored
+
+
 def test_accumulated_batches_are_one_batch(configure: Any, tmp_path: Path) -> None:
     """Accumulation that averages averages, or counts an update for each batch."""
     whole = run(configure("batching.batch_size=8"))

@@ -30,7 +30,7 @@ def save_adapter(policy: Policy, folder: Path, *, extra: Mapping[str, Any]) -> N
     mx.eval(weights)
     config = {
         "fine_tune_type": policy.fine_tune_type,
-        "model": str(policy.path),
+        "model": policy.name,
         "num_layers": policy.num_layers,
         "lora_parameters": policy.lora_parameters,
         "mlxpref": {**extra, "base_fingerprint": policy.base_fingerprint},

@@ -38,6 +38,7 @@ class Policy:
         tokenizer: mlx-lm's wrapper around the model's tokenizer.
         network: the model split for log-probs.
         path: folder the weights came from.
+        name: what to call it in an adapter: the hub id it was asked for by, or the folder's absolute path.
         config: the model's own config.
         fine_tune_type, num_layers, lora_parameters: mlx-lm's adapter keys, resolved.
         base_fingerprint: hash of the base weights on disk.
@@ -55,6 +56,7 @@ class Policy:
     tokenizer: Any
     network: Network
     path: Path
+    name: str
     config: dict[str, Any]
     fine_tune_type: str
     num_layers: int
@@ -177,7 +179,7 @@ def load_policy(
     folder = model_folder(path, revision=revision)
     model, config = _load(folder)
     _cast(model, dtype)
-    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    tokenizer = _tokenizer(folder, config)
     mx.random.seed(seed)
     model.freeze()
     if init_from is not None:
@@ -187,7 +189,8 @@ def load_policy(
     base = base_hash(folder, config)
     network = Network(model, vocabulary=vocabulary_size(config))
     policy = Policy(
-        model, tokenizer, network, folder, config, fine_tune_type, num_layers, lora,
+        model, tokenizer, network, folder, str(folder.resolve()) if Path(path).exists() else path,
+        config, fine_tune_type, num_layers, lora,
         base_fingerprint=base, fingerprint=reference_hash(base, dtype_name(model), init_from),
     )  # fmt: skip
     if trainable:
@@ -210,8 +213,24 @@ def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{folder}: no weights (model*.safetensors). Download the whole model folder again, or convert "
             "another format with `mlx_lm.convert --hf-path FOLDER --mlx-path OUT`."
         ) from error
+    except RuntimeError as error:
+        raise ModelError(
+            f"{folder}: the weights cannot be read ({str(error).splitlines()[0]}); the download is incomplete or "
+            "damaged: fetch the folder again"
+        ) from error
     except ValueError as error:
         raise ModelError(_explain(folder, str(error))) from error
+
+
+def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        return load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{folder}: its tokenizer does not load ({first[:200]}); a model folder holds tokenizer.json (or "
+            "tokenizer.model) and tokenizer_config.json beside the weights"
+        ) from error
 
 
 def _explain(folder: Path, message: str) -> str:

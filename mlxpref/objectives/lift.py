@@ -2,7 +2,8 @@
 
 Responses stand best first. Pairs are ordered, better one first:
 
-- ``first_two``: (1, 2), the hardest to tell apart;
+- ``first_two``: the first response and the next one that the goal tells from it: (1, 2), or (1, 3) where
+  these two are equally far from the goal, and so on: the hardest to tell apart;
 - ``best_worst``: (1, K);
 - ``best_rest``: (1, 2), …, (1, K);
 - ``all_pairs``: every (i, j) with i before j.
@@ -27,11 +28,9 @@ Pairs = tuple[tuple[int, int], ...]
 
 def pairs_of(k: int, lift: Lift) -> Pairs:
     """The (better, worse) slots of a list of ``k`` responses."""
-    if lift == "first_two":
-        return ((0, 1),)
     if lift == "best_worst":
         return ((0, k - 1),)
-    if lift == "best_rest":
+    if lift in ("first_two", "best_rest"):
         return tuple((0, j) for j in range(1, k))
     return tuple((i, j) for i in range(k) for j in range(i + 1, k))
 
@@ -50,12 +49,15 @@ def take_pairs(column: Any, pairs: Pairs, kind: Any) -> Any:
     return _take(column, pairs)
 
 
-def mean_over_pairs(losses: Array, pairs: Pairs, distances: Array | None) -> Array:
+def mean_over_pairs(losses: Array, pairs: Pairs, distances: Array | None, lift: Lift) -> Array:
     """(n·B,) losses of pairs → (B,) of examples; ``distances`` (B, K) leave out what they tie."""
     losses = losses.reshape(len(pairs), -1)
     if distances is None:
-        return losses.mean(0)
-    counts = ops.stack([distances[:, j] > distances[:, i] for i, j in pairs], 0)
+        return losses[0] if lift == "first_two" else losses.mean(0)
+    told_apart = [distances[:, j] > distances[:, i] for i, j in pairs]
+    if lift == "first_two":
+        told_apart = _first(told_apart)
+    counts = ops.stack(told_apart, 0)
     n = counts.sum(0)
     return ops.where(counts, losses, 0.0).sum(0) / ops.where(n > 0, n, 1)
 
@@ -63,6 +65,15 @@ def mean_over_pairs(losses: Array, pairs: Pairs, distances: Array | None) -> Arr
 def lift_columns(columns: Mapping[str, Any], kinds: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
     """Every column of a formula as columns of pairs."""
     return {name: take_pairs(column, pairs, kinds[name]) for name, column in columns.items()}
+
+
+def _first(conditions: list[Array]) -> list[Array]:
+    """Of boolean arrays (B,), each where it holds and none before it did."""
+    first, before = [conditions[0]], conditions[0]
+    for condition in conditions[1:]:
+        first.append(condition & ~before)
+        before = before | condition
+    return first
 
 
 def _take(array: Array, pairs: Pairs) -> Array:

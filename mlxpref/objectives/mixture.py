@@ -34,7 +34,7 @@ class Term:
         else:
             losses, state = self.entry.function(**arguments, state=state)
         if pairs is not None:
-            losses = mean_over_pairs(losses, pairs, columns.get("goal_distances"))
+            losses = mean_over_pairs(losses, pairs, columns.get("goal_distances"), self.lift)
         return losses if self.entry.start is None else (losses, state)
 
     def start(self) -> Any:
