@@ -6,6 +6,7 @@ and models are made on the spot, tiny and random, from a fixed seed.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 # Before any library reads them: no test asks a hub, and none leaves files in the user's caches.
 _CACHE = tempfile.mkdtemp(prefix="mlxpref-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
