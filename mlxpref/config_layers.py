@@ -32,6 +32,7 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
 
 OTHER_NAMES: Mapping[str, str] = {
     "lr": "optimizer.learning_rate",
+    "lora": "adapter.lora_parameters",
     "max_seq_length": "tokenization.max_length",
     "resume_adapter_file": "adapter.init_from",
     "lr_schedule": "optimizer.schedule",
@@ -78,13 +79,15 @@ def load_config(
 
     Args:
         path: a YAML file, or None for defaults only.
-        overrides: (dotted key, value) pairs, applied in order after the file.
+        overrides: (dotted key, value) pairs, one layer over the file. They take alternatives of theirs out
+            of the file; two alternatives among themselves contradict each other.
         base: a mapping in place of a file.
 
     Raises:
         ConfigError: the file cannot be read, or any key, type or combination is wrong; lists all.
     """
     merged: dict[str, Any] = read_yaml(path) if path is not None else _copy(base or {})
+    _drop_alternatives(merged, overrides)
     for key, value in overrides:
         set_key(merged, key, value)
     return check_config(merged, where=str(path) if path is not None else "configuration")
@@ -131,7 +134,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings (a number indexes a list), dropping its alternatives.
+    """Set a dotted key in nested mappings (a number indexes a list).
 
     ``objective`` set to a name keeps the options written so far only when the name is the same. A section
     set to ``{}`` is opened, and keeps what is written in it.
@@ -143,13 +146,6 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         same = isinstance(current, Mapping) and current.get("name") == value
         values["objective"] = current if same else {"name": value}
         return
-    for group in ALTERNATIVES:
-        if key in group and value is not None:
-            for other in group:
-                _remove(values, other.split("."))
-    if value is not None:
-        for other in REPLACED.get(key, ()):
-            _remove(values, other.split("."))
     *parents, last = key.split(".")
     place: Any = values
     for depth, name in enumerate(parents):
@@ -158,6 +154,14 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         place[_index(place, last, key)] = value
     else:
         place[last] = value
+
+
+def _drop_alternatives(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> None:
+    """Take out of earlier layers what a key of the next one stands for."""
+    for key in (key for key, value in overrides if value is not None):
+        group = next((group for group in ALTERNATIVES if key in group), ())
+        for other in (*group, *REPLACED.get(key, ())):
+            _remove(values, other.split("."))
 
 
 def _descend(place: Any, name: str, so_far: str) -> Any:
@@ -258,10 +262,10 @@ def _nearest(path: tuple[Any, ...]) -> str:
     }
     if last in everywhere:
         return f": it belongs to {everywhere[last].rpartition('.')[0]}: {everywhere[last]}"
-    close = difflib.get_close_matches(last, own, n=1, cutoff=0.5) or []
+    close = difflib.get_close_matches(last, own, n=1, cutoff=0.6)
     if close:
         return f": did you mean {'.'.join([*parents, close[0]])}?"
-    close = difflib.get_close_matches(last, everywhere, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(last, everywhere, n=1, cutoff=0.75)
     if close:
         return f": did you mean {everywhere[close[0]]}?"
     return f": {section or 'a configuration'} has {', '.join(own)}" if own else ""

@@ -292,10 +292,10 @@ class Counts:
     notes: dict[str, int] = field(default_factory=dict)
 
     def drop(self, row: Dropped) -> None:
-        """Count a dropped row, remembering the first three places of its reason."""
+        """Count a dropped row, remembering the first three places of its reason, each once."""
         self.dropped[row.reason] = self.dropped.get(row.reason, 0) + 1
         places = self.first.setdefault(row.reason, [])
-        if row.where and len(places) < 3:
+        if row.where and len(places) < 3 and row.where not in places:
             places.append(row.where)
 
     def lines(self) -> Iterator[str]:

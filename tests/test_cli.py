@@ -152,6 +152,37 @@ def test_iters_says_what_an_iteration_is() -> None:
     assert "Updates" in line and "mlx-lm" in line
 
 
+def test_ctrl_c_before_a_run_folder_does_not_promise_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxpref.train.train", stopped)
+    base = ["train", "--model", "m", "--data", "d", "--adapter-path", str(tmp_path)]
+    ran = CliRunner().invoke(cli.main, base)
+    assert ran.exit_code == 130 and "start again" in ran.stderr and "--resume" not in ran.stderr
+    (tmp_path / "config.yaml").touch()
+    assert "--resume" in CliRunner().invoke(cli.main, base).stderr
+
+
+def test_ctrl_c_during_the_first_imports_is_quiet() -> None:
+    code = """
+import runpy, sys
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt)
+runpy.run_module("mlxpref", run_name="__main__")
+"""
+    ran = python("-c", code)
+    assert (ran.returncode, ran.stderr) == (130, "")
+
+
+def test_train_takes_strict() -> None:
+    ran = CliRunner().invoke(cli.main, ["train", "--model", "m", "--data", "d", "--strict", "--print-config"])
+    assert yaml.safe_load(ran.stdout)["data"]["strict"] is True
+
+
 # --- env ---------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,25 @@ def test_a_later_layer_replaces_the_alternative_of_an_earlier_one() -> None:
     assert (config.data.valid, config.data.valid_fraction) == (None, 0.1)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [("training.iters=3", "training.epochs=1"), ("adapter.init_from=run", "adapter.fine_tune_type=dora")],
+)
+def test_alternatives_of_one_layer_contradict_each_other(settings: tuple[str, ...]) -> None:
+    """The one that came later on the command line took the other away without a word."""
+    for order in (settings, settings[::-1]):
+        assert settings[0].partition("=")[0].rpartition(".")[2] in refused(*order)
+
+
+@pytest.mark.parametrize(
+    ("key", "right", "absurd"),
+    [("lora", "adapter.lora_parameters", "format"), ("data.pth", "path", "data.split")],
+)
+def test_no_absurd_key_is_suggested(key: str, right: str, absurd: str) -> None:
+    said = refused(f"{key}=1")
+    assert right in said and absurd not in said
+
+
 def test_naming_another_objective_drops_the_options_of_the_first() -> None:
     start = {"name": "dpo", "beta": 0.01, "label_smoothing": 0.3}
     assert load("objective=simpo", objective=start).objective == {"name": "simpo"}

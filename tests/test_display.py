@@ -77,4 +77,4 @@ def test_the_end_says_how_to_go_on_or_where_the_adapter_is(capsys: pytest.Captur
     display.on_end(best)
     out, err = capsys.readouterr()
     assert "best eval_loss 0.25 at step 5: run/best" in out and "adapter in run" in out
-    assert "1 steps were not finite" in err
+    assert "1 step was not finite" in err

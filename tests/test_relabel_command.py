@@ -268,6 +268,15 @@ def test_a_fraction_of_data_with_their_own_split_is_refused(tmp_path):
     assert set(read_relabelled(tmp_path / "out").splits) == {"train", "valid", "test"}
 
 
+def test_only_data_that_name_a_chosen_response_are_said_to(tmp_path):
+    """The first of a list was called the data's chosen one."""
+    rated = [{**RATED[1]}, {**RATED[0]}]
+    turned = run(write(tmp_path / "steer.jsonl", rated), "--preview", 1)
+    assert turned.exit_code == 0 and "chosen response has" not in turned.stderr
+    pairs = write(tmp_path / "pairs.jsonl", [row(0, 3.0, 7.0)])
+    assert "in 1 pair the data's chosen response has" in run(pairs, "--preview", 1).stderr
+
+
 def test_unscored_data_have_no_goal_to_write(tmp_path):
     bare = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     result = run(write(tmp_path / "in.jsonl", [bare]), "--out", tmp_path / "out")

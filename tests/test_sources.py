@@ -773,6 +773,22 @@ def test_hub_without_network_tells_the_remedy(path: str, no_sockets: list[str]) 
     assert f"hf download --repo-type dataset {path}" in text and "no such file or folder here" in text
 
 
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``load_dataset`` tries again for half a minute, and logs each try."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def unreached(*_: Any, **__: Any) -> None:
+        raise HTTPError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreached)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("tried again"))
+    with pytest.raises(DataError, match="the hub cannot be reached"):
+        open_source(SourceSpec("owner/name"))
+
+
 def test_hub_dataset_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds: config, split or revision that never reach the hub; row numbers off by one."""
     import datasets

@@ -162,7 +162,8 @@ class TrainDisplay(TrainCallback):
         if result.stopped:
             console.say(f"stopped early at step {result.step}: {result.stopped}")
         if result.skipped:
-            console.warn(f"{result.skipped} steps were not finite and changed nothing")
+            what = "step was" if result.skipped == 1 else "steps were"
+            console.warn(f"{result.skipped} {what} not finite and changed nothing")
         if result.best_step is not None:
             console.say(
                 f"best {result.metric} {result.best_value:.4g} at step {result.best_step}: "

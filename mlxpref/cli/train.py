@@ -24,6 +24,7 @@ FLAGS: Mapping[str, str] = {
     "split": "data.split",
     "valid": "data.valid",
     "valid_fraction": "data.valid_fraction",
+    "strict": "data.strict",
     "adapter_path": "output.adapter_path",
     "objective": "objective",
     "beta": "objective.beta",
@@ -67,6 +68,7 @@ Example:
 @click.option("--split", help="Which split to train on.")
 @click.option("--valid", help="Validation rows: another file, folder or hub id.")
 @click.option("--valid-fraction", metavar="X", help="Share of the prompts to hold out instead.")
+@click.option("--strict", is_flag=True, default=None, help="A row that cannot be used is an error.")
 @click.option("--relabel/--no-relabel", default=None, help="Write goals into the prompts, or train plainly.")
 @click.option("--adapter-path", help="Run folder: the adapter, checkpoints, metrics.")
 @click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
@@ -114,11 +116,16 @@ def command(
     try:
         result = train(config, resume=resume, callbacks=[TrainDisplay()])
     except KeyboardInterrupt:
-        folder = shlex.quote(config.output.adapter_path)
-        console.note(f"stopped at once; go on with  mlxpref train --adapter-path {folder} --resume")
+        console.note(_after_a_stop(Path(config.output.adapter_path)))
         raise
     if result.interrupted is not None:
         raise SystemExit(128 + result.interrupted if result.interrupted == signal.SIGTERM else 130)
+
+
+def _after_a_stop(folder: Path) -> str:
+    if not (folder / "config.yaml").is_file():
+        return "stopped before anything was written; start again"
+    return f"stopped at once; go on with  mlxpref train --adapter-path {shlex.quote(str(folder))} --resume"
 
 
 def configure(file: Path | None, overrides: list[tuple[str, Any]], *, resume: bool = False) -> Config:

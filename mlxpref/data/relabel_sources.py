@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxpref.data.formats import FORMATS
 from mlxpref.data.recipe import OVERALL, Recipe
 from mlxpref.data.relabel import check_options, fit_recipe, relabel_all, split_by_prompt, unconditioned
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source, read_source
@@ -135,7 +136,8 @@ def relabel_splits(
     ]
     raise_all(lines, DataError, "no row is left of a split:")
     every = [example for found in examples.values() for example in found]
-    notes = (*_notes(every), *(_scale_notes(every, used) if isinstance(recipe, Mapping) else ()))
+    named = all("chosen" in FORMATS[source.format].needs for found in wanted.values() for source in found)
+    notes = (*_notes(every, named_chosen=named), *(_scale_notes(every, used) if isinstance(recipe, Mapping) else ()))
     plain_only = options.get("plain_share") == 1
     kept = {name: value for name, value in options.items() if name != "num_proc"}
     return RelabelledSplits(rows, None if plain_only else used, counts, notes, stored | kept)
@@ -144,7 +146,8 @@ def relabel_splits(
 def _fit(examples: Sequence[Scored], recipe: Recipe | Mapping[str, Any]) -> Recipe:
     if all(example.scores is None and not example.attributes for example in examples):
         raise ScoreError(
-            "the data have no scores, so there is no goal to write (name their column with --score)"
+            "the data have no scores, so there is no goal to write: name their column with --score, or train on "
+            "them as they are, leaving --relabel out"
         )
     return recipe if isinstance(recipe, Recipe) else fit_recipe(examples, **recipe)
 
@@ -202,14 +205,18 @@ def _with_scale(arguments: Mapping[str, Any], wanted: Mapping[str, Sequence[Sour
     return {**arguments, "score_range": next(iter(distinct))}
 
 
-def _notes(examples: Sequence[Scored]) -> Iterator[str]:
+def _notes(examples: Sequence[Scored], *, named_chosen: bool) -> Iterator[str]:
+    """``named_chosen``: the first response of a pair is the one its data call chosen."""
     unscored = sum(e.scores is None and not e.attributes for e in examples)
     if unscored:
-        yield f"{unscored} examples have no scores and pass through without a goal"
+        yield f"{unscored} {'example has' if unscored == 1 else 'examples have'} no scores and no goal"
+    if not named_chosen:
+        return
     pairs = [e.scores for e in examples if e.scores is not None and len(e.scores) == 2]
     turned = sum(scores[0] < scores[1] for scores in pairs)
     if turned:
-        yield f"in {turned} pairs the data's chosen response has the lower score; the score decides"
+        what = "pair" if turned == 1 else "pairs"
+        yield f"in {turned} {what} the data's chosen response has the lower score; the score decides"
 
 
 def _scale_notes(examples: Sequence[Scored], recipe: Recipe) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,6 +82,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "test": ("test", "test_prefs"),
 }
 """The three splits and the names data sets give them, in order of preference."""
+
+
+REACH_SECONDS = 10.0
+"""How long the hub may take to answer whether it has a data set."""
 
 
 def find_split(wanted: str, available: Sequence[str]) -> str | None:
@@ -240,7 +245,10 @@ def _datasets_load(path: str, **options: Any) -> Any:
     files = options.get("data_files")
     where = ", ".join(files) if files else path
     try:
-        return datasets.load_dataset(path, **options)
+        with _quiet():
+            if not files and not _cached(path):
+                _reach(path)
+            return datasets.load_dataset(path, **options)
     except DatasetNotFoundError as error:
         raise DataError(
             f"{path}: no such file or folder here, and no such data set on the hub ({_first(error)}). "
@@ -251,6 +259,46 @@ def _datasets_load(path: str, **options: Any) -> Any:
         if unreached or isinstance(error, ConnectionError | TimeoutError):
             raise DataError(offline) from error
         raise DataError(f"{where}: cannot be opened ({_first(error.__cause__ or error)})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log lines of ``datasets`` and the hub's client: what matters in them is raised."""
+    import datasets
+    import huggingface_hub
+
+    loggers = (datasets.utils.logging, huggingface_hub.utils.logging)
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.set_verbosity(level)
+
+
+def _cached(path: str) -> bool:
+    """Whether ``datasets`` keeps some of this data set and could open it without the hub."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, name = path.split("/")
+    return (Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(name)])).is_dir()
+
+
+def _reach(path: str) -> None:
+    """Ask the hub for the data set once; ``load_dataset`` would try for half a minute. The client's own error if
+    there is no connection; what the hub answers is left to ``load_dataset``."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return  # nothing is tried
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=REACH_SECONDS)
+    except HfHubHTTPError:
+        return
 
 
 def _first(error: BaseException) -> str:
