@@ -158,7 +158,7 @@ def test_shared_forward_is_exact(name: str, model_of: Any) -> None:
     assert_same(ours(policy, rows, share=policy.share_prompts), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral", "qwen3_next", "mamba"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_checkpointed_gradients_are_exact(name: str, model_of: Any) -> None:
     """Arrays captured by a checkpoint get no gradient: the loss stays right, the gradient does not."""
     policy = load(model_of(name), grad_checkpoint=True)
