@@ -62,6 +62,7 @@ class Scored:
         attributes: further named scores, each K finite numbers (helpfulness, honesty, …).
         extras: columns carried along by name (``tools``, ``rationale``, ``group``, ``margins``, …).
         example_id: stable over runs: the data's own id, or a hash of the content.
+        where: file and row it came from, for messages; no part of its identity.
 
     Raises:
         ValueError: a promise above is broken. Sources turn it into a counted ``Dropped``.
@@ -73,6 +74,12 @@ class Scored:
     example_id: str
     attributes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+    @property
+    def place(self) -> str:
+        """Where a message sends its reader: file and row, or the id of an example made in memory."""
+        return self.where or self.example_id
 
     def __post_init__(self) -> None:
         if not self.prompt or not any(m.content.strip() for m in self.prompt):

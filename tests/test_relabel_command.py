@@ -216,8 +216,8 @@ def test_dropped_rows_are_counted_with_their_reason_and_strict_refuses_them(tmp_
     for line in (
         "read/train: dropped 1: score is not a number (in.jsonl:4)",
         "read/train: dropped 1: empty response (in.jsonl:5)",
-        "relabel/train: dropped 1: score off the scale (r2)",
-        "relabel/train: dropped 1: tie: equal scores (r1)",
+        "relabel/train: dropped 1: score off the scale (in.jsonl:3)",
+        "relabel/train: dropped 1: tie: equal scores (in.jsonl:2)",
     ):
         assert line in result.stderr
     stored = json.loads((tmp_path / "out/recipe.json").read_text())["counts"]
@@ -228,7 +228,7 @@ def test_dropped_rows_are_counted_with_their_reason_and_strict_refuses_them(tmp_
     assert run(file, "--out", tmp_path / "strict", "--strict").exit_code == 1
     off = write(tmp_path / "off.jsonl", [row(0), row(2, 12, 3)])
     result = run(off, "--out", tmp_path / "strict", "--strict", "--score-range", 1, 10)
-    assert result.exit_code == 1 and "r2: score 12 is off the scale 1-10" in result.stderr
+    assert result.exit_code == 1 and "off.jsonl:2: score 12 is off the scale 1-10" in result.stderr
     assert not (tmp_path / "strict").exists()
 
 

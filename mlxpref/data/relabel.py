@@ -95,9 +95,9 @@ def relabel(
         spread = [(score,) for score in scores] if plain else goals
         gap = max(math.dist(a, b) for a, b in combinations(spread, 2))
         if gap == 0 and ties == "drop":
-            return Dropped(TIE, example.example_id)
+            return Dropped(TIE, example.place)
         if gap < min_gap:
-            return Dropped(SMALL_GAP, example.example_id, f"{gap:g} < {min_gap:g}")
+            return Dropped(SMALL_GAP, example.place, f"{gap:g} < {min_gap:g}")
         falling = _falling(scores)
         if plain:
             return (_arrange(_Row(example, scores), example.prompt, falling),)
@@ -106,9 +106,9 @@ def relabel(
             _condition(_Row(example, scores), recipe, order) for order in orders if halves in ("both", order.half)
         )
     except ScoreError as error:
-        return Dropped(OFF_SCALE, example.example_id, str(error))
+        return Dropped(OFF_SCALE, example.place, str(error))
     except DataError as error:
-        return Dropped(str(error), example.example_id)
+        return Dropped(str(error), example.place)
 
 
 def unconditioned(example: Scored) -> Conditioned:

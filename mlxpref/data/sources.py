@@ -189,7 +189,7 @@ class Source:
                 continue
             for fault in left_out:
                 yield Dropped(LEFT_OUT + fault.reason, where, fault.detail)
-            yield scored
+            yield dataclasses.replace(scored, where=where)
 
     # --- rows ---
 

@@ -234,7 +234,7 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _explain(folder: Path, message: str) -> str:
-    first = message.strip().splitlines()[0][:300]
+    first = " ".join(message.split())[:300]
     if "Missing" in message and "embed_tokens" in message:
         return (
             f"{folder}: the checkpoint lacks the embedding matrix ({first}). It probably stores a tied matrix "
