@@ -16,8 +16,9 @@ from mlxpref.config import Config
 from mlxpref.config_layers import dump_config
 from mlxpref.data.batching import collate_step
 from mlxpref.data.plan import Plan, plan_steps
+from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, raise_all
-from mlxpref.facts import adapter_facts, check_same, describe, run_facts
+from mlxpref.facts import adapter_facts, check_same, check_start, describe, run_facts
 from mlxpref.loop import Loop, LoopSettings, Progress, Work
 from mlxpref.metrics import step_metrics
 from mlxpref.objectives import Objective
@@ -88,7 +89,8 @@ class Assembly:
         splits = self._references(data, policy, plan, eval_every)
         if "valid" in splits:
             valid = splits["valid"]
-            self.listeners.on_note(f"evaluation: {valid.visited} of {len(valid.rows)} rows every {eval_every} steps")
+            often = "every step" if eval_every == 1 else f"every {eval_every} steps"
+            self.listeners.on_note(f"evaluation: {valid.visited} of {counted(len(valid.rows), 'row')} {often}")
         step = self._step(policy)
         progress = Progress()
         if checkpoint is not None:
@@ -117,6 +119,7 @@ class Assembly:
     # --- what a run is made of ---
 
     def _data(self) -> Prepared:
+        check_start(self.config)
         data = prepare(self.config)
         rows = (*data.train, *data.valid)
         self.objective.check_columns({"reference"} | _columns_of(rows))

@@ -25,6 +25,8 @@ MKL_AUTO_STRICT = 2 | 0x10000
 """Results that do not depend on where an array lies in memory or on the number of threads. Without
 it a resumed run differs from an uninterrupted one in the last bits; it costs nothing measurable."""
 
+REMEDY = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), or on x86-64 MKL (pip install mkl)"
+
 
 @dataclass(frozen=True, slots=True)
 class BlasRecord:
@@ -34,11 +36,13 @@ class BlasRecord:
         library: "MKL", "OpenBLAS", the file's name, or None when MLX's own was left in place.
         path: of the library that was loaded, or None.
         said: one line for people.
+        remedy: what to do about it, or None when nothing is amiss.
     """
 
     library: str | None
     path: str | None
     said: str
+    remedy: str | None = None
 
 
 _record: BlasRecord | None = None
@@ -56,27 +60,28 @@ def _choose(environ: Mapping[str, str]) -> BlasRecord:
     wish = environ.get("MLXPREF_BLAS", "").strip()
     why_not = _not_needed(wish)
     if why_not:
-        return BlasRecord(None, None, why_not)
+        return BlasRecord(None, None, *why_not)
     refused = []
     for path in [wish] if wish else _candidates():
         problem = _take(path, environ)
         if problem is None:
             return BlasRecord(_name(path), path, f"{_name(path)} ({path})")
         refused.append(f"{path}: {problem}")
-    why = "; ".join(refused) or "no MKL (pip install mkl) or OpenBLAS (apt install libopenblas0) found"
-    return BlasRecord(None, None, f"MLX's reference BLAS, slow: {why}")
+    why = "; ".join(refused) or "no MKL or OpenBLAS found"
+    return BlasRecord(None, None, f"MLX's reference BLAS, slow: {why}", REMEDY)
 
 
-def _not_needed(wish: str) -> str | None:
-    """Why MLX's own BLAS stays, or None when another one should be looked for."""
+def _not_needed(wish: str) -> tuple[str, str | None] | None:
+    """Why MLX's own BLAS stays and what to do about it, or None when another one should be looked for."""
     if sys.platform != "linux":
-        return "MLX's own (Accelerate)" if sys.platform == "darwin" else "MLX's own"
+        return ("MLX's own (Accelerate)" if sys.platform == "darwin" else "MLX's own"), None
     if wish.lower() == "off":
-        return "MLX's reference BLAS (MLXPREF_BLAS=off)"
+        return "MLX's reference BLAS (MLXPREF_BLAS=off)", "unset MLXPREF_BLAS for a faster one"
     if "mlx.core" in sys.modules:
-        return "unknown: mlx.core was imported before mlxpref could choose"
+        remedy = "call mlxpref.get_backend() before importing mlx.core"
+        return "unknown: mlx.core was imported before mlxpref could choose", remedy
     if not wish and not _installed("mlx-cpu"):
-        return "MLX's own (not the CPU build)"
+        return "MLX's own (not the CPU build)", None
     return None
 
 

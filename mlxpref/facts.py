@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +15,9 @@ from typing import Any
 
 from mlxpref.config import Config
 from mlxpref.data.plan import Plan
-from mlxpref.errors import RunError, raise_all
+from mlxpref.data.words import counted
+from mlxpref.errors import AdapterError, RunError, raise_all
+from mlxpref.hub import model_folder
 from mlxpref.objectives import Objective
 from mlxpref.prepare import Prepared
 
@@ -22,6 +26,12 @@ PACKAGES = (
     "transformers", "tokenizers", "datasets", "torch", "peft",
 )  # fmt: skip
 """Packages that can change a run's numbers, down to the last bit."""
+
+_LAYER = re.compile(r"(.*?\.)(\d+)\b")
+"""``model.layers.7`` at the beginning of a tensor's name: the stack, and the number in it."""
+
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a file that is not whole, or not what its name says, can raise."""
 
 
 def packages() -> dict[str, str]:
@@ -140,6 +150,96 @@ def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
     }
 
 
+# --- the adapter a run starts from ---
+
+
+def check_start(config: Config) -> None:
+    """What can be known of ``adapter.init_from`` without loading a model: that it is a whole adapter folder,
+    and that no tensor of it contradicts the model's own of the same name.
+
+    Names that the model's files do not have, and files that are not on this disk yet, prove nothing; the
+    backend compares every tensor when it loads them.
+
+    Raises:
+        AdapterError: missing, damaged, or made for another model.
+        ModelError: no such model.
+    """
+    if config.adapter.init_from is None:
+        return
+    folder = Path(config.adapter.init_from)
+    if not folder.is_dir():
+        raise AdapterError(f"adapter.init_from {folder}: no such folder; give an adapter or run folder")
+    own = _read_adapter(folder)
+    model = model_folder(config.model.path, revision=config.model.revision, weights=False)
+    problems = list(dict.fromkeys(_strangers(own, _model_shapes(model))))
+    raise_all(
+        problems[:5] + ([f"… and {len(problems) - 5} more"] if len(problems) > 5 else []),
+        AdapterError,
+        f"adapter.init_from {folder}: this adapter was made for another model than {config.model.path}:",
+    )
+
+
+def _read_adapter(folder: Path) -> dict[str, list[int]]:
+    """Tensor name → shape of a whole adapter folder. AdapterError for one that is not."""
+    settings, weights = folder / "adapter_config.json", folder / "adapters.safetensors"
+    lacking = [file.name for file in (settings, weights) if not file.is_file()]
+    if lacking:
+        raise AdapterError(f"adapter.init_from {folder}: no {' and no '.join(lacking)}; is this an adapter folder?")
+    try:
+        if not isinstance(json.loads(settings.read_text(encoding="utf-8")), dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise AdapterError(f"{settings}: not the JSON of an adapter ({error}); take another copy of it") from error
+    try:
+        return _header(weights)
+    except _DAMAGE as error:
+        raise AdapterError(f"{weights}: the file is damaged or cut off ({error}); take another copy of it") from error
+
+
+def _header(file: Path) -> dict[str, list[int]]:
+    """Tensor name → shape of a safetensors file. One of ``_DAMAGE`` if it is cut off, or is no such file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(length) if 8 + length <= size else b"")
+    entries.pop("__metadata__", None)
+    whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size < whole:
+        raise ValueError(f"{size} bytes of {whole}")
+    return {name: entry["shape"] for name, entry in entries.items()}
+
+
+def _model_shapes(model: Path) -> dict[str, list[int]]:
+    """Tensor name → shape of all of a model's weights; damaged files are left to what loads them."""
+    found: dict[str, list[int]] = {}
+    for file in sorted(model.glob("model*.safetensors")):
+        with suppress(*_DAMAGE):
+            found |= _header(file)
+    return found
+
+
+def _strangers(adapter: Mapping[str, list[int]], model: Mapping[str, list[int]]) -> Iterator[str]:
+    """LoRA factors inside numbered layers that the model cannot have: of a layer it lacks, or too wide or narrow.
+
+    ``lora_a`` is (inputs, rank) and ``lora_b`` is (rank, outputs). A quantised weight has its rows for outputs,
+    too, but packs its inputs.
+    """
+    layers = {found.groups() for name in model if (found := _LAYER.match(name))}
+    stacks = {stack for stack, _ in layers}
+    for name, shape in sorted(adapter.items()):
+        module, _, factor = name.rpartition(".")
+        layer = _LAYER.match(module)
+        if factor not in ("lora_a", "lora_b") or len(shape) != 2 or layer is None:
+            continue
+        if layer[1] in stacks and layer.groups() not in layers:
+            yield f"{layer[0]}: the model has no such layer"
+        weight = model.get(f"{module}.weight")
+        width = shape[0] if factor == "lora_a" else shape[1]
+        packed = factor == "lora_a" and f"{module}.scales" in model
+        if weight is not None and width not in weight and not packed:
+            yield f"{name}: {width} wide, the model's weight there is {tuple(weight)}"
+
+
 def check_same(known: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """A resumed run must meet the data, weights and plan it began with; warnings come back.
 
@@ -191,6 +291,7 @@ def describe(
     if not data.valid:
         yield "no validation rows, so no evaluation: data.valid or data.valid_fraction gives some"
     yield (
-        f"plan: {len(plan.steps)} steps ({plan.epochs[-1]:.2f} epochs), {len(plan.shapes)} shapes, "
+        f"plan: {counted(len(plan.steps), 'step')} ({plan.epochs[-1]:.2f} epochs), "
+        f"{counted(len(plan.shapes), 'shape')}, "
         f"{plan.padding:.1%} padding" + (f"; going on after step {done}" if done else "")
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 from mlxpref.callbacks import Means, TrainCallback
 from mlxpref.config import BEST_METRICS
+from mlxpref.data.words import counted
 from mlxpref.errors import RunError
 from mlxpref.records import Batch, StepReport
 from mlxpref.runs import RunFolder
@@ -265,7 +266,7 @@ class Loop:
         limit = self.settings.early_stopping
         if limit is not None and progress.stale >= limit and progress.step < self.n_steps:
             progress.stopped = (
-                f"{name} has not improved in {progress.stale} evaluations since step {progress.best_step}"
+                f"{name} has not improved in {counted(progress.stale, 'evaluation')} since step {progress.best_step}"
             )
 
     def _save(self) -> None:

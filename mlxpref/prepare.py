@@ -19,6 +19,7 @@ from mlxpref.data.relabel_sources import RelabelledSplits, relabel_splits
 from mlxpref.data.relabelled import Relabelled, is_relabelled, read_relabelled
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
+from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, DataError, raise_all
 from mlxpref.records import Conditioned, Counts, Tokenized
 
@@ -120,17 +121,17 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     found.recipe = folder.recipe
     available = tuple(folder.splits)
     train = find_split(data.split or "train", available) or data.split or "train"
-    splits = {"train": _first_examples(folder.read(train), data.limit)}
+    splits = {"train": first_examples(folder.read(train), data.limit)}
     found.said.append(f"{data.source}: relabelled rows, splits {', '.join(available)}; training on {train}")
     valid = find_split("valid", available)
     if data.valid is not None:
         splits["valid"] = _from_valid(config, folder, train, found)
     elif valid not in (None, train):
-        splits["valid"] = _first_examples(folder.read(str(valid)), data.limit)
+        splits["valid"] = first_examples(folder.read(str(valid)), data.limit)
     return splits
 
 
-def _first_examples(rows: list[Conditioned], limit: int | None) -> list[Conditioned]:
+def first_examples(rows: list[Conditioned], limit: int | None) -> list[Conditioned]:
     """The rows of the first ``limit`` examples; None: all."""
     kept = set(islice(dict.fromkeys(row.example_id for row in rows), limit))
     return [row for row in rows if row.example_id in kept]
@@ -298,7 +299,7 @@ def _warn_of_leaks(splits: Mapping[str, Sequence[Conditioned]], found: _Found) -
     shared = asked(splits["train"]) & asked(splits.get("valid", ()))
     if shared:
         found.said.append(
-            f"warning: {len(shared)} prompts are among both training and validation rows; "
+            f"warning: {counted(len(shared), 'prompt')} in both training and validation rows; "
             "data.valid_fraction splits by prompt"
         )
 

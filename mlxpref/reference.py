@@ -26,6 +26,7 @@ import numpy as np
 
 from mlxpref.data.batching import collate
 from mlxpref.data.plan import plan_pass
+from mlxpref.data.words import counted
 from mlxpref.errors import RunError
 from mlxpref.files import written_aside
 from mlxpref.records import Tokenized
@@ -174,7 +175,7 @@ class ReferenceCounts:
     reused: int = 0
 
     def __str__(self) -> str:
-        return f"reference log-probs: {self.computed} rows computed, {self.reused} reused"
+        return f"reference log-probs: {counted(self.computed, 'row')} computed, {self.reused} reused"
 
 
 Progress = Callable[[int, int], None]

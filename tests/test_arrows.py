@@ -21,7 +21,7 @@ VALUES = {"records", "errors"}
 FILED = VALUES | {"files", "locks", "hub"}
 SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "data", "config", "config_layers"}
 LOOP = SPINE | {"runs", "facts", "reference", "schedules", "callbacks", "loop", "prepare", "assembly"}
-RUNS = LOOP | {"rewards", "report", "train", "evaluate", "generate", "parity", "sandbox"}
+RUNS = LOOP | {"rewards", "report", "train", "evaluate", "generate", "parity", "sandbox", "doctor"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": RUNS,
     "parity": RUNS,
     "sandbox": RUNS,
+    "doctor": RUNS,
     "cli": RUNS,
     "__main__": {"cli"},
     "__init__": set(),

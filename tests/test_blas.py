@@ -21,10 +21,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux needs ano
 REPORT = "; print(json.dumps([r.library, r.path, r.said]))"
 
 
-def fresh(code: str, **environ: str) -> list[str | None]:
+def fresh(code: str, *, report: str = REPORT, **environ: str) -> list[str | None]:
     """Run ``code`` in a new process with ``r = preload()`` after it; what the record says."""
     ran = subprocess.run(
-        [sys.executable, "-c", f"import json; {code}; from mlxpref import blas; r = blas.preload(){REPORT}"],
+        [sys.executable, "-c", f"import json; {code}; from mlxpref import blas; r = blas.preload(){report}"],
         env={**os.environ, "MLXPREF_BLAS": "", **environ},
         capture_output=True,
         text=True,
@@ -51,6 +51,26 @@ def test_takes_mkl_where_it_is_installed() -> None:
 @linux
 def test_off_takes_nothing_and_says_so() -> None:
     assert fresh("pass", MLXPREF_BLAS="off") == [None, None, "MLX's reference BLAS (MLXPREF_BLAS=off)"]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("code", "environ", "remedy"),
+    [
+        ("pass", {"MLXPREF_BLAS": "off"}, "unset MLXPREF_BLAS"),
+        ("pass", {"MLXPREF_BLAS": "/nowhere/lib.so"}, "apt install libopenblas0"),
+        ("import sys; sys.modules['mlx.core'] = sys", {}, "get_backend()"),
+    ],
+    ids=["off", "nothing", "late"],
+)
+def test_what_is_slow_comes_with_its_remedy(code: str, environ: dict[str, str], remedy: str) -> None:
+    assert remedy in str(fresh(code, report="; print(json.dumps([r.remedy]))", **environ)[0])
+
+
+@linux
+def test_what_is_fast_needs_none() -> None:
+    mkl_path()
+    assert fresh("pass", report="; print(json.dumps([r.remedy]))") == [None]
 
 
 @linux

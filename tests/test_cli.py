@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -181,6 +182,108 @@ runpy.run_module("mlxpref", run_name="__main__")
 def test_train_takes_strict() -> None:
     ran = CliRunner().invoke(cli.main, ["train", "--model", "m", "--data", "d", "--strict", "--print-config"])
     assert yaml.safe_load(ran.stdout)["data"]["strict"] is True
+
+
+def test_train_takes_the_split_of_its_validation_data() -> None:
+    flags = ["--valid", "d", "--valid-split", "test", "--print-config"]
+    ran = CliRunner().invoke(cli.main, ["train", "--model", "m", "--data", "d", *flags])
+    assert yaml.safe_load(ran.stdout)["data"]["valid_split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("flag", "default"),
+    [
+        ("--learning-rate", "1e-05"),
+        ("--num-layers", "16"),
+        ("--epochs", "1"),
+        ("--objective", "dpo"),
+        ("--grad-checkpoint", "no-grad-checkpoint"),
+        ("--report-to", "none"),
+        ("--steps-per-eval", "200 where there are validation rows"),
+    ],
+)
+def test_the_help_of_train_shows_what_an_empty_configuration_has(flag: str, default: str) -> None:
+    command = cli.main.get_command(click.Context(cli.main), "train")
+    assert command is not None
+    option = next(p for p in command.params if flag in p.opts)
+    assert isinstance(option, click.Option) and str(option.help).endswith(f"  [default: {default}]")
+
+
+# --- how data are read ---------------------------------------------------------------------------
+
+READERS = ("relabel", "inspect", "evaluate")
+
+
+def options_of(name: str) -> dict[str, click.Option]:
+    """Long flag → option of a command."""
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    return {flag: p for p in command.params if isinstance(p, click.Option) for flag in p.opts}
+
+
+def test_data_options_have_one_name_and_one_help() -> None:
+    """Finds an option that is called otherwise, or explained otherwise, in another command."""
+    shared = ("--format", "--columns", "--score", "--strict")
+    found = [options_of(name) for name in READERS]
+    for flag in (*shared, "--data-config", "--data-revision", "--limit", "--streaming"):
+        assert len({(options[flag].help, options[flag].metavar) for options in found}) == 1, flag
+    train = options_of("train")
+    for flag in shared:
+        assert (train[flag].help, train[flag].metavar) == (found[0][flag].help, found[0][flag].metavar)
+
+
+def test_one_flag_means_one_thing() -> None:
+    """Finds a ``--config`` that is a YAML file here and a part of a hub data set there; the same of revisions."""
+    for name in cli.COMMANDS:
+        options = options_of(name)
+        assert "--revision" not in options, name
+        assert "--config" not in options or "-c" in options["--config"].opts, name
+
+
+def test_every_data_option_reaches_the_source() -> None:
+    """Finds an option that is parsed and forgotten on the way."""
+    from mlxpref.cli.sources import Reading, source_options
+    from mlxpref.data.sources import SourceSpec
+
+    given: list[Reading] = []
+
+    @click.command()
+    @source_options(split="all")
+    @click.option("--other")
+    def command(reading: Reading, other: str) -> None:
+        given.append(reading)
+
+    words = "--format f --columns prompt=q,chosen=c --score s --split d --data-config c --data-revision r --limit 3"
+    ran = CliRunner().invoke(command, [*words.split(), "--streaming", "--strict"])
+    assert ran.exit_code == 0, ran.output
+    assert given[0].spec("x", weight=2.0) == SourceSpec(
+        "x", format="f", columns={"prompt": "q", "chosen": "c"}, config="c", split="d", revision="r", score="s",
+        weight=2.0, streaming=True, limit=3,
+    )  # fmt: skip
+    assert given[0].strict
+    CliRunner().invoke(command, [])
+    assert given[1].spec("x") == SourceSpec("x") and not given[1].strict
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("flag", ["--data-config", "--data-revision"])
+def test_what_is_for_the_hub_is_refused_by_its_flag(name: str, flag: str, tmp_path: Path) -> None:
+    """Finds a message that names a flag the command does not have."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}\n')
+    more = ["--preview", "1"] if name == "relabel" else ["--model", "m"]
+    ran = CliRunner().invoke(cli.main, [name, str(file), flag, "x", *more])
+    assert ran.exit_code == 2 and f"{flag} is for data sets of the hub" in ran.stderr, ran.output
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def test_one_of_a_thing_is_not_plural() -> None:
+    from mlxpref.data.words import counted
+
+    assert [counted(n, "shape") for n in (0, 1, 2)] == ["0 shapes", "1 shape", "2 shapes"]
+    assert [counted(n, "half", "halves") for n in (1, 2)] == ["1 half", "2 halves"]
 
 
 # --- env ---------------------------------------------------------------------------------------

@@ -601,8 +601,9 @@ def test_the_command_on_relabelled_data(fake_room: Any, tmp_path: Path) -> None:
         figures = json.loads((tmp_path / "figures.json").read_text())
         found.append({key: figures[key] for key in ("views", "goal_sensitivity", "examples")})
     assert found[0] == found[1]
-    ran = run(tmp_path / "relabelled", "--adapter-path", adapter, "--score", "help")
-    assert ran.exit_code == 2 and "--score" in ran.output
+    idle = ("--score", "help", "--data-config", "main", "--streaming")
+    ran = run(tmp_path / "relabelled", "--adapter-path", adapter, *idle)
+    assert ran.exit_code == 2 and ran.stderr.rstrip().endswith(": --score, --data-config, --streaming"), ran.output
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,21 @@ def test_several_goals_and_the_base(room: Room, adapter: Path, tmp_path: Path) -
     assert stored[1]["text"].startswith("base read")
 
 
+def test_one_number_for_several_attributes_is_said(room: Room, tmp_path: Path) -> None:
+    """Finds a goal that is silently asked of every attribute; what was spelt out needs no note."""
+    adapter = write_adapter(tmp_path / "two", {"mlxpref": {"recipe": ATTRIBUTES.as_dict()}})
+    ran = run("Why?", "--adapter-path", adapter, "--goal", "3")
+    assert "asking for help=3, truth=3" in ran.stderr.splitlines(), ran.output
+    assert "asking for" not in ran.stdout
+    for spelt in ("help=3,truth=4", "top", "none"):
+        ran = run("Why?", "--adapter-path", adapter, "--goal", spelt)
+        assert ran.exit_code == 0 and "asking for" not in ran.stderr, ran.output
+
+
+def test_one_number_for_one_score_needs_no_note(room: Room, adapter: Path) -> None:
+    assert "asking for" not in run("Why?", "--adapter-path", adapter, "--goal", "3").stderr
+
+
 def test_standard_input(room: Room, adapter: Path) -> None:
     whole = run("--adapter-path", adapter, stdin="One\n\ntwo\n")
     assert "user\nOne\n\ntwo<|im_end|>" in whole.stdout
@@ -314,7 +329,7 @@ def test_another_adapters_recipe(room: Room, tiny_model_dir: Path, adapter: Path
         (["Why?", "--model", "m", "--no-adapter"], "no adapter to leave out"),
         (["Why?", "--model", "m", "--compare-base"], "no adapter to leave out"),
         (["Why?", "--model", "m", "--temperature", "-1"], "temperature"),
-        (["Why?", "--adapter-path", "a", "--revision", "main"], "--revision"),
+        (["Why?", "--adapter-path", "a", "--model-revision", "main"], "--model-revision is for"),
     ],
 )
 def test_what_cannot_be_is_said(room: Room, arguments: list[str], words: str) -> None:

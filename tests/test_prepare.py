@@ -108,6 +108,17 @@ def test_valid_of_other_data_reads_their_held_out_split(ready: Preparer, splits:
 # --- one pipeline ---
 
 
+@pytest.mark.parametrize(("shared", "said"), [(1, "1 prompt in"), (2, "2 prompts in"), (0, None)])
+def test_validation_prompts_that_are_trained_on_are_counted(
+    ready: Preparer, tmp_path: Path, shared: int, said: str | None
+) -> None:
+    """Finds figures that are too good in silence; and "1 prompts"."""
+    train = write(tmp_path / "train.jsonl", [row(i) for i in range(4)])
+    valid = write(tmp_path / "valid.jsonl", [row(i) for i in range(4 - shared, 6)])
+    warnings = [line for line in ready({}, source=train, valid=valid).said if "both training" in line]
+    assert [line.startswith(f"warning: {said}") for line in warnings] == [True] * bool(said)
+
+
 def test_training_says_what_relabel_says(ready: Preparer, tmp_path: Path) -> None:
     stars = write(tmp_path / "stars.jsonl", [row(i, 5, 1) for i in range(4)])
     found = ready({}, source=stars)

@@ -559,7 +559,7 @@ def test_nothing_to_write_is_an_error(tmp_path):
     ("file", "damage", "why"),
     [
         ("train.jsonl", lambda b: b[:-40], r"train.jsonl:2: not JSON"),
-        ("train.jsonl", lambda b: b.splitlines(True)[0], r"holds 1 rows, recipe.json says 2"),
+        ("train.jsonl", lambda b: b.splitlines(True)[0], r"holds 1 row, recipe.json says 2"),
         (
             "train.jsonl",
             lambda b: b.replace(b'"chosen": [', b'"other": [', 1),

@@ -564,7 +564,7 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
             DataError,
             "missing: answers. The data have: chosen, prompt, rejected, score_chosen",
         ),
-        ({"revision": "main"}, UsageError, "--revision is for data sets of the hub"),
+        ({"revision": "main"}, UsageError, "--data-revision is for data sets of the hub"),
         ({"split": "test"}, DataError, "it has no 'test'"),
     ],
 )

@@ -467,8 +467,29 @@ def test_a_tokenizer_that_cannot_read_the_goal_is_noted() -> None:
 def test_strict_names_the_rows(tokenizers: dict[str, Any]) -> None:
     """Finds rows dropped in silence where every row was to be used."""
     examples = [unconditioned(scored(words(200), example_id=f"row {n}")) for n in range(30)]
-    with pytest.raises(DataError, match=r"30 rows(?s:.*)row 9: longer than max_length(?s:.*)20 more"):
+    with pytest.raises(DataError, match=r"30 examples(?s:.*)row 9: longer than max_length(?s:.*)20 more"):
         tokenize_all(examples, tokenizers["chatml"], max_length=50, truncation="drop", strict=True)
+
+
+def test_strict_names_a_source_once_for_all_its_halves(tokenizers: dict[str, Any]) -> None:
+    """Finds a list of ten that names five, and a count of halves where sources are meant."""
+    examples = [half for n in range(2) for half in halves(scored(words(200), example_id=f"row {n}"))]
+    assert len(examples) == 4
+    with pytest.raises(DataError) as caught:
+        tokenize_all(examples, tokenizers["chatml"], max_length=50, truncation="drop", strict=True)
+    assert str(caught.value).splitlines() == [
+        "2 examples cannot be used (strict):",
+        "  row 0: longer than max_length",
+        "  row 1: longer than max_length",
+    ]
+
+
+def test_strict_names_each_reason_of_a_source(tokenizers: dict[str, Any]) -> None:
+    """Finds a second fault that hides behind the first of the same id."""
+    long = unconditioned(scored(words(200)))
+    same = unconditioned(scored("Hi", responses=("Good.", "Good.")))
+    with pytest.raises(DataError, match=r"1 example cannot(?s:.*)longer than(?s:.*)e: all responses are the same"):
+        tokenize_all([long, same], tokenizers["chatml"], max_length=50, truncation="drop", strict=True)
 
 
 @pytest.mark.parametrize(
@@ -667,6 +688,24 @@ def test_inspect_shows_what_a_configuration_trains_on(tmp_path: Path, tiny_model
     for more, said in wrong.items():
         ran = run(*more.split())
         assert ran.exit_code == 2 and said in ran.output, ran.output
+
+
+def test_inspect_counts_one_row_as_one(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Finds "1 rows", strict that is accepted and idle, a limit that cuts between two halves of an example."""
+    rows = [half for n in range(3) for half in halves(scored(example_id=f"row {n}"), SYSTEM)]
+    write_relabelled(tmp_path / "data", {"train": rows[:4], "valid": rows[4:]}, SYSTEM)
+    base = ["inspect", str(tmp_path / "data"), "--model", str(tiny_model_dir), "-n", "0"]
+    run = lambda *more: CliRunner().invoke(main, [*base, *more])  # noqa: E731
+    assert "2 rows kept, 0 dropped" in run("--limit", "1").output
+    assert "2 rows kept, 0 dropped" in run("--split", "validation").output
+    short = ("--max-length", "8", "--truncation", "drop")
+    assert "0 rows kept, 4 dropped" in run(*short).output
+    ran = run(*short, "--strict")
+    assert ran.exit_code == 1 and "2 examples cannot be used" in ran.stderr
+    source = tmp_path / "pairs.jsonl"
+    source.write_text('{"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}\n')
+    ran = CliRunner().invoke(main, ["inspect", str(source), "--model", str(tiny_model_dir), "-n", "0"])
+    assert "1 row kept, 0 dropped" in ran.output
 
 
 def test_inspect_takes_the_score_that_is_named(tmp_path: Path, tiny_model_dir: Path) -> None:

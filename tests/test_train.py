@@ -22,7 +22,7 @@ from fake_backend import calls
 from mlxpref.callbacks import RunStart, TrainCallback
 from mlxpref.config import Config
 from mlxpref.config_layers import load_config, parse_setting
-from mlxpref.errors import ConfigError, DataError, MlxprefError, ObjectiveError, RunError
+from mlxpref.errors import AdapterError, ConfigError, DataError, MlxprefError, ObjectiveError, RunError
 from mlxpref.loop import MAX_SKIPPED_IN_ROW, TrainResult
 from mlxpref.runs import open_run
 from mlxpref.train import train
@@ -173,7 +173,7 @@ def test_what_is_said_before_the_first_step(configure: Any) -> None:
     run(configure(), listener=listener)
     assert listener.start is not None
     said = "\n".join((*listener.start.lines, *listener.notes))
-    parts = ("format", "36 kept", "trainable", "shared", "rows computed", "shapes", "padding", "12 steps")
+    parts = ("format", "36 kept", "trainable", "shared", "rows computed", " 1 shape,", "padding", "12 steps")
     assert not [part for part in parts if part not in said], said
 
 
@@ -268,6 +268,149 @@ def test_what_is_wrong_stops_the_run_before_a_model_loads_and_leaves_nothing(
         run(configure(*settings))
     assert calls["load_policy"] == before
     assert not (tmp_path / "run").exists()
+
+
+WIDTHS = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (32, 16), "mlp.down_proj": (64, 32)}
+"""Inputs and outputs of the tiny model's matrices."""
+
+
+def write_lora(folder: Path, widths: dict[str, tuple[int, int]] = WIDTHS, layers: tuple[int, ...] = (1, 2)) -> Path:
+    """An adapter folder as mlx-lm writes it."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    arrays = {}
+    for layer in layers:
+        for name, (inputs, outputs) in widths.items():
+            at = f"model.layers.{layer}.{name}"
+            arrays[f"{at}.lora_a"] = np.zeros((inputs, 4), np.float32)
+            arrays[f"{at}.lora_b"] = np.zeros((4, outputs), np.float32)
+    save_file(arrays, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
+    return folder
+
+
+def starting_from(folder: Path, configure: Any, **model: Any) -> Config:
+    return configure(f"adapter.init_from={folder}", *(f"model.{key}={value}" for key, value in model.items()))
+
+
+def broken(what: str, folder: Path) -> Path:
+    if what == "missing":
+        return folder / "nowhere"
+    write_lora(folder)
+    config, weights = folder / "adapter_config.json", folder / "adapters.safetensors"
+    if what == "no config":
+        config.unlink()
+    elif what == "not JSON":
+        config.write_text("{")
+    elif what == "a list":
+        config.write_text("[]")
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "empty weights":
+        weights.write_bytes(b"")
+    elif what == "cut header":
+        weights.write_bytes(weights.read_bytes()[:20])
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("missing", "no such folder"),
+        ("no config", "no adapter_config.json; is this"),
+        ("no weights", "no adapters.safetensors; is this"),
+        ("not JSON", "adapter_config.json: not the JSON of an adapter"),
+        ("a list", "adapter_config.json: not the JSON of an adapter"),
+        ("empty weights", "adapters.safetensors: the file is damaged or cut off"),
+        ("cut header", "adapters.safetensors: the file is damaged or cut off"),
+        ("cut weights", "adapters.safetensors: the file is damaged or cut off"),
+    ],
+)
+def test_a_broken_adapter_to_start_from_is_found_before_data_are_read(
+    configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, words: str
+) -> None:
+    monkeypatch.setattr("mlxpref.assembly.prepare", lambda *_: pytest.fail("data were read"))
+    with pytest.raises(AdapterError, match=words):
+        run(starting_from(broken(what, tmp_path / "start"), configure))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"widths": WIDTHS | {"self_attn.q_proj": (64, 32)}}, r"1\.self_attn\.q_proj\.lora_a: 64 wide.*\(32, 32\)"),
+        ({"widths": WIDTHS | {"mlp.down_proj": (64, 48)}}, r"1\.mlp\.down_proj\.lora_b: 48 wide.*\(32, 64\)"),
+        ({"layers": (2, 3)}, r"model\.layers\.3: the model has no such layer$"),
+    ],
+    ids=["inputs", "outputs", "layers"],
+)
+def test_an_adapter_of_another_model_is_found_before_data_are_read(
+    configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr("mlxpref.assembly.prepare", lambda *_: pytest.fail("data were read"))
+    with pytest.raises(AdapterError, match=rf"made for another model(?s:.*){words}"):
+        run(starting_from(write_lora(tmp_path / "start", **changes), configure))
+
+
+def quantised(model: Path, folder: Path) -> Path:
+    """The model's weights as 4-bit files have them: inputs packed by eight, and a scale for each 32 of them."""
+    from safetensors.numpy import load_file, save_file
+
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in load_file(model / "model.safetensors").items():
+        rows, columns = (*value.shape, 0)[:2]
+        if "_proj" in name:
+            arrays[name] = np.zeros((rows, columns // 8), np.uint32)
+            arrays[name.replace("weight", "scales")] = np.zeros((rows, columns // 32), np.float16)
+        else:
+            arrays[name] = value
+    folder.mkdir()
+    save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def other_names(model: Path, folder: Path) -> Path:
+    """Weights under names that a backend changes as it loads them."""
+    from safetensors.numpy import load_file, save_file
+
+    folder.mkdir()
+    arrays = {f"language_{name}": value for name, value in load_file(model / "model.safetensors").items()}
+    save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def without_weights(_: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    return folder
+
+
+@pytest.mark.parametrize("make", [lambda model, _: model, quantised, other_names, without_weights])
+def test_an_adapter_that_may_fit_is_left_to_the_backend(
+    configure: Any, tmp_path: Path, tiny_model_dir: Path, make: Callable[[Path, Path], Path]
+) -> None:
+    """Finds a false alarm: packed inputs, renamed tensors and unreadable weights prove nothing."""
+    from mlxpref.facts import check_start
+
+    model = make(tiny_model_dir, tmp_path / "model")
+    check_start(starting_from(write_lora(tmp_path / "start"), configure, path=model))
+
+
+def test_an_adapter_of_another_model_is_found_beside_quantised_weights(
+    configure: Any, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    from mlxpref.facts import check_start
+
+    model = quantised(tiny_model_dir, tmp_path / "model")
+    wide = write_lora(tmp_path / "start", WIDTHS | {"self_attn.v_proj": (32, 32)})
+    with pytest.raises(AdapterError, match=r"v_proj\.lora_b: 32 wide"):
+        check_start(starting_from(wide, configure, path=model))
 
 
 def test_a_warmup_longer_than_the_run_is_refused(configure: Any) -> None:

@@ -14,6 +14,7 @@ from mlxpref.cli import console
 from mlxpref.errors import MlxprefError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("mlxpref.cli.quickstart", "See the method at work on a small written world."),
     "relabel": ("mlxpref.cli.relabel", "Write each pair's scores into its prompt."),
     "inspect": ("mlxpref.cli.inspect", "Look at tokenized examples, scored tokens marked."),
     "train": ("mlxpref.cli.train", "Train an adapter on preferences."),
@@ -21,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("mlxpref.cli.generate", "Answer prompts at one or several goals."),
     "objectives": ("mlxpref.cli.objectives", "List objectives, their formulas and options."),
     "probe": ("mlxpref.cli.probe", "Say which way a model's forward pass takes."),
+    "doctor": ("mlxpref.cli.doctor", "Check the machine, and a configuration, before a run."),
     "env": ("mlxpref.cli.env", "Report device, versions, memory and BLAS."),
 }
 """Name -> (module with a click command ``command``, one line of help), in the order of use."""

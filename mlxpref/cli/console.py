@@ -122,6 +122,30 @@ def _plain_progress(what: str, total: int) -> Callable[[int], None]:
     return at
 
 
+class Stages:
+    """One display of progress after another, each for what it is told to count; close it at the end."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._shown: Any = None
+        self._at: Callable[[int], None] = lambda done: None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what or self._shown is None:
+            self.close()
+            self._what, self._shown = what, progress(what, total)
+            self._at = self._shown.__enter__()
+        self._at(done)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take away what is shown; it may be used again."""
+        if self._shown is not None:
+            self._shown.__exit__(None, None, None)
+            self._shown = None
+
+
 def console(*, stderr: bool = False) -> Console:
     """Rich's console for live displays: it neither reads markup in texts nor colours numbers."""
     from rich.console import Console

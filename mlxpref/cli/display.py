@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxpref.callbacks import RunStart, TrainCallback
 from mlxpref.cli import console
+from mlxpref.data.words import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -92,6 +93,7 @@ class TrainDisplay(TrainCallback):
             console.note(f"{what}: {done}/{total}")
 
     def on_start(self, start: RunStart) -> None:
+        self._say_device(start.facts)
         for line in start.lines:
             if line.startswith("warning: "):
                 console.warn(line.removeprefix("warning: "))
@@ -101,6 +103,17 @@ class TrainDisplay(TrainCallback):
         self._n_steps = start.n_steps
         if self._live:
             self._open_bar(start)
+
+    @staticmethod
+    def _say_device(facts: Mapping[str, Any]) -> None:
+        """Where it runs, and what makes it slower than it need be."""
+        device = (facts.get("starts") or [{}])[-1].get("device", {})
+        if device:
+            named = f" ({device['device_name']})" if "device_name" in device else ""
+            fast = f", BLAS {device['blas']}" if "blas" in device else ""
+            console.say(f"device: {device.get('kind')}{named}{fast}")
+        for remark in device.get("remarks", ()):
+            console.warn(remark)
 
     def _open_bar(self, start: RunStart) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -170,7 +183,7 @@ class TrainDisplay(TrainCallback):
                 f"{result.folder / 'best'}"
             )
         if result.interrupted is None:
-            console.say(f"done: {result.step} steps; adapter in {result.folder}")
+            console.say(f"done: {counted(result.step, 'step')}; adapter in {result.folder}")
         else:
             console.say(f"stopped after step {result.step} of {result.n_steps}, all saved; go on with")
             console.say(f"  mlxpref train --adapter-path {shlex.quote(str(result.folder))} --resume")

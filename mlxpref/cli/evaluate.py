@@ -14,10 +14,11 @@ from mlxpref import facts
 from mlxpref.cli import console
 from mlxpref.cli.figures import show
 from mlxpref.cli.policies import Opened, open_policy, policy_options
+from mlxpref.cli.sources import Reading, source_options
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.relabel import fit_recipe, resolve_carrier
 from mlxpref.data.relabelled import is_relabelled, read_relabelled
-from mlxpref.data.sources import SourceSpec, find_split, open_source, parse_columns, read_source
+from mlxpref.data.sources import find_split, open_source, read_source
 from mlxpref.errors import UsageError
 from mlxpref.evaluate import evaluate, in_goal_units, restore
 from mlxpref.files import write_text, written_aside
@@ -35,42 +36,45 @@ Example:
 @click.command(epilog=EPILOG)
 @click.argument("data")
 @policy_options
-@click.option("--split", help="train, valid, test, or the data's own name.  [default: test, else valid]")
-@click.option("--format", "format_name", help="Format of the data, where it is not detected.")
-@click.option("--columns", help="Our column names = the data's: prompt=question,chosen=best")
-@click.option("--score", help="Which score is the score, where the data have several.")
-@click.option("--config", "config_name", help="Configuration of a hub data set.")
-@click.option("--data-revision", help="Branch, tag or commit of a hub data set.")
-@click.option("--limit", type=click.IntRange(1), help="Read at most so many examples.")
-@click.option("--strict", is_flag=True, help="A row that cannot be used is an error.")
+@source_options(split="test, else valid, else train")
 @click.option(
     "--max-length",
     type=click.IntRange(8),
-    help="Tokens of prompt + response.  [default: training's, else 1024]",
+    metavar="N",
+    show_default="training's, else 1024",
+    help="Tokens of prompt and response at most.",
 )
 @click.option(
     "--max-prompt-length",
     type=click.IntRange(4),
-    help="Tokens of the prompt.  [default: training's, else half]",
+    metavar="N",
+    show_default="training's, else half of --max-length",
+    help="Tokens a prompt is cut down to first.",
 )
 @click.option(
     "--truncation",
     type=click.Choice(["cut", "drop"]),
-    help="What happens to rows too long.  [default: training's, else cut]",
+    help="What happens to rows that are too long.  [default: training's, else cut]",
 )
 @click.option(
     "--micro-batch-tokens",
     type=click.IntRange(1),
     default=8192,
     show_default=True,
+    metavar="N",
     help="Padded tokens of one forward pass.",
 )
 @click.option(
     "--high-score",
     type=float,
+    metavar="X",
     help="Rejected responses from this score on are reported apart.  [default: the median chosen score]",
 )
-@click.option("--gap-edges", help="Edges of the score gap bins, in the data's units: 1,2,4")
+@click.option(
+    "--gap-edges",
+    metavar="X,…",
+    help="Edges of the score gap bins, in the data's units.  [default: 1,2,4, stretched from 1-10 to their scale]",
+)
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -85,7 +89,8 @@ Example:
 )
 def command(
     data: str, adapter_path: str | None, model: str | None, revision: str | None, dtype: str | None,
-    recipe_path: str | None, backend: str, json_file: Path | None, per_row: Path | None, **options: Any,
+    recipe_path: str | None, backend: str, reading: Reading, json_file: Path | None, per_row: Path | None,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Measure an adapter, or a model without one, on preference DATA.
 
@@ -96,7 +101,7 @@ def command(
     edges = _edges(options["gap_edges"])
     if options["store"] is not None and options["no_store"]:
         raise UsageError("--store and --no-store contradict each other")
-    examples, counts, written_with = _read(data, options)
+    examples, counts, written_with = _read(data, reading)
     opened = open_policy(
         adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
         recipe_path=recipe_path, backend=backend,
@@ -130,41 +135,29 @@ def command(
 # --- what is read ---
 
 
-def _read(data: str, options: dict[str, Any]) -> tuple[list[Scored], Counts, Recipe | None]:
+def _read(data: str, reading: Reading) -> tuple[list[Scored], Counts, Recipe | None]:
     """Examples, what was dropped, and the recipe the data were relabelled with."""
     if is_relabelled(data):
-        return _read_relabelled(Path(data), options)
-    spec = SourceSpec(
-        data,
-        format=options["format_name"],
-        columns=parse_columns(options["columns"]) if options["columns"] else None,
-        config=options["config_name"],
-        split=options["split"],
-        revision=options["data_revision"],
-        score=options["score"],
-        limit=options["limit"],
-    )
+        return _read_relabelled(Path(data), reading)
+    spec = reading.spec(data)
     source = open_source(spec)
     held_out = _held_out(source.splits) if spec.split is None else None
     if held_out is not None and held_out != source.split:
         source = open_source(replace(spec, split=held_out))
     for line in source.said:
         console.note(line)
-    examples, counts = read_source(source, strict=options["strict"])
+    examples, counts = read_source(source, strict=reading.strict)
     return examples, counts, None
 
 
-def _read_relabelled(folder: Path, options: dict[str, Any]) -> tuple[list[Scored], Counts, Recipe | None]:
-    idle = [name for name in ("format_name", "columns", "score", "config_name", "data_revision") if options[name]]
-    if idle:
-        flags = ", ".join("--" + name.removesuffix("_name").replace("_", "-") for name in idle)
-        raise UsageError(f"{folder} is relabelled data, on which {flags} cannot act")
+def _read_relabelled(folder: Path, reading: Reading) -> tuple[list[Scored], Counts, Recipe | None]:
+    reading.check_relabelled(folder)
     relabelled = read_relabelled(folder)
     available = tuple(relabelled.splits)
-    split = options["split"] or _held_out(available) or available[0]
+    split = reading.split or _held_out(available) or available[0]
     console.note(f"{folder}: relabelled data, split {find_split(split, available) or split}")
     rows = relabelled.read(find_split(split, available) or split)
-    examples = restore(rows, relabelled.recipe)[: options["limit"]]
+    examples = restore(rows, relabelled.recipe)[: reading.limit]
     return examples, Counts(kept=len(examples)), relabelled.recipe
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxpref.cli import console
+from mlxpref.data.words import counted
 from mlxpref.evaluate import VIEWS
 
 HEADINGS = {
@@ -57,13 +58,15 @@ def show(metrics: dict[str, Any]) -> None:
     sensitivity = metrics["goal_sensitivity"]
     if sensitivity["mean"] is not None:
         error = "" if sensitivity["error"] is None else f" ± {sensitivity['error']:.2g}"
-        console.say(f"goal sensitivity: {sensitivity['mean']:.4g}{error} nats ({sensitivity['examples']} examples)")
+        of = counted(sensitivity["examples"], "example")
+        console.say(f"goal sensitivity: {sensitivity['mean']:.4g}{error} nats ({of})")
     if metrics["high_score"] is not None:
         console.say(f"high-score rejected: score >= {metrics['high_score']:g}")
     cut = metrics["cut"]
     if cut["prompts"] or cut["responses"]:
         console.say(
-            f"cut to fit, of {cut['rows']} rows: the prompt in {cut['prompts']}, a response in {cut['responses']}"
+            f"cut to fit, of {counted(cut['rows'], 'row')}: the prompt in {cut['prompts']}, "
+            f"a response in {cut['responses']}"
         )
     for line in metrics["notes"]:
         console.say(f"note: {line}")

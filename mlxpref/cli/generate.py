@@ -15,7 +15,7 @@ import click
 
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, open_policy, policy_options
-from mlxpref.data.recipe import goal_words
+from mlxpref.data.recipe import Recipe, format_number, goal_words
 from mlxpref.data.tokenization import render_prompt
 from mlxpref.errors import UsageError
 from mlxpref.files import write_text
@@ -31,6 +31,7 @@ from mlxpref.generate import (
     text_question,
     with_system,
 )
+from mlxpref.records import Goal
 
 EPILOG = """\b
 Example:
@@ -50,25 +51,41 @@ Example:
     type=click.Path(path_type=Path, allow_dash=True),
     help="Prompts: each line of a text file, or the column prompt (or messages) of rows; -: standard input.",
 )
-@click.option("--system", help="System message to put before each prompt.")
+@click.option("--system", metavar="TEXT", help="System message to put before each prompt.")
 @click.option(
     "--goal",
     "goals",
     multiple=True,
     metavar="GOAL",
-    help="A score to ask for, none, or top; may be given several times.  [default: top]",
+    help="What to ask for: a score (of several attributes for each, or NAME=SCORE,…), none, or top; may be "
+    "given several times.  [default: top]",
 )
 @click.option("--no-adapter", is_flag=True, help="Ask the base model instead of the adapter.")
 @click.option("--compare-base", is_flag=True, help="Ask both, and show the answers together.")
 @click.option(
-    "--temperature", "--temp", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+    "--temperature",
+    "--temp",
+    type=float,
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="Of the sampling; 0 takes the likeliest token every time.",
 )
 @click.option(
-    "--top-p", type=float, default=1.0, show_default=True, help="Sample within this share of the probability."
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="Sample within this share of the probability.",
 )
-@click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens of an answer.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Prompts computed together.")
+@click.option(
+    "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens of an answer at most."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Decides what sampling draws.")
+@click.option(
+    "--batch-size", type=int, default=8, show_default=True, metavar="N", help="Prompts computed together."
+)
 @click.option("--show-prompt", is_flag=True, help="Show the text the model reads before each answer.")
 @click.option(
     "--json",
@@ -94,7 +111,7 @@ def command(
         adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
         recipe_path=recipe_path, backend=backend,
     )  # fmt: skip
-    goals = [parse_goal(text, opened.recipe) for text in options["goals"]] or None
+    goals = _goals(options["goals"], opened.recipe)
     asked = ask_all(questions, goals, opened.recipe, opened.tokenizer)
     answers = _answers(asked, opened, options)
     shown = _Shown(opened, questions, options["show_prompt"], len(answers) > 1)
@@ -119,6 +136,15 @@ def _questions(prompt: str | None, file: Path | None, system: str | None) -> lis
     else:
         questions = [text_question(prompt)]
     return questions if system is None else [with_system(question, system) for question in questions]
+
+
+def _goals(texts: Sequence[str], recipe: Recipe | None) -> list[Goal | None] | None:
+    """The goals as parsed, None without any; a note where one number was meant for several attributes."""
+    goals = [parse_goal(text, recipe) for text in texts]
+    for text, goal in zip(texts, goals, strict=True):
+        if isinstance(goal, Mapping) and text != "top" and "=" not in text:
+            console.note("asking for " + ", ".join(f"{name}={format_number(value)}" for name, value in goal.items()))
+    return goals or None
 
 
 def _answers(asked: Sequence[Asked], opened: Opened, options: Mapping[str, Any]) -> list[Answer]:

@@ -10,14 +10,16 @@ import click
 import numpy as np
 
 from mlxpref.cli import console
+from mlxpref.cli.sources import Reading, flag, source_options
 from mlxpref.config_layers import load_config
 from mlxpref.data.recipe import goal_words
 from mlxpref.data.relabel import unconditioned
 from mlxpref.data.relabelled import is_relabelled, read_relabelled
-from mlxpref.data.sources import SourceSpec, parse_columns, read_source
+from mlxpref.data.sources import find_split, read_source
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError, UsageError
-from mlxpref.prepare import prepare
+from mlxpref.prepare import first_examples, prepare
 from mlxpref.records import Conditioned, Counts, Tokenized
 
 EPILOG = """\b
@@ -44,9 +46,11 @@ SHOWN = 80
 @click.option(
     "-c", "--config", "file", type=click.Path(path_type=Path), help="Show what `train` reads with this YAML file."
 )
-@click.option("--model", metavar="PATH", help="Folder or hub id whose tokenizer reads the data.")
-@click.option("--model-revision", metavar="REV", help="Revision of the model on the hub.")
-@click.option("-n", "--number", type=click.IntRange(0), default=3, show_default=True, help="Examples to print.")
+@click.option("--model", metavar="FOLDER|ID", help="Model folder or hub id, whose tokenizer reads the data.")
+@click.option("--model-revision", metavar="REV", help="Branch, tag or commit of a --model on the hub.")
+@click.option(
+    "-n", "--number", type=click.IntRange(0), default=3, show_default=True, metavar="N", help="Examples to print."
+)
 @click.option(
     "--pick",
     type=click.Choice(["first", "random", "cut", "longest"]),
@@ -55,32 +59,36 @@ SHOWN = 80
     help="Which examples to print.",
 )
 @click.option("--tokens", is_flag=True, help="Mark each scored token instead of each response.")
-@click.option("--max-length", type=int, default=1024, show_default=True, help="Tokens of prompt and response.")
 @click.option(
-    "--max-prompt-length", type=int, help="Prompts are cut down to this first.  [default: half of max-length]"
+    "--max-length",
+    type=int,
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="Tokens of prompt and response at most.",
+)
+@click.option(
+    "--max-prompt-length",
+    type=int,
+    metavar="N",
+    help="Tokens a prompt is cut down to first.  [default: half of --max-length]",
 )
 @click.option("--truncation", type=click.Choice(["cut", "drop"]), default="cut", show_default=True,
               help="What happens to rows that are too long.")  # fmt: skip
-@click.option("--format", "data_format", metavar="NAME", help="Format of the source; detected by default.")
-@click.option("--columns", metavar="OURS=THEIRS,…", help="Columns of other names: prompt=question,chosen=best.")
-@click.option("--score", metavar="NAME", help="Which score is the score, where the data have several.")
-@click.option("--data-config", metavar="NAME", help="Configuration of a hub data set.")
-@click.option("--split", metavar="NAME", help="Split to read; of a configuration train or valid.  [default: train]")
-@click.option("--revision", metavar="REV", help="Revision of a hub data set.")
-@click.option("--limit", type=click.IntRange(1), help="Rows to read at most.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides what --pick random picks.")
+@source_options(split="train")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Decides what --pick random picks.")
 @click.pass_context
-def command(context: click.Context, source: str | None, **options: Any) -> None:
+def command(context: click.Context, source: str | None, reading: Reading, **options: Any) -> None:
     """Print examples of SOURCE as a model reads them, scored tokens marked, and a summary of all.
 
-    SOURCE is relabelled data, or any data set relabel reads; its rows are then shown without a goal.
-    A configuration instead of SOURCE shows the rows that training with it would see.
+    SOURCE is what `mlxpref relabel` wrote, or any data set it reads, whose rows are shown without a goal.
+    A configuration instead of SOURCE shows the rows that training with it would see, of train or valid.
     """
     if options["file"] is None:
-        rows, counts, tokenizer = _from_source(source, options)
+        rows, counts, tokenizer = _from_source(source, reading, options)
     else:
         _check_beside_config(context, source)
-        rows, counts, tokenizer = _from_config(options["file"], options["split"] or "train")
+        rows, counts, tokenizer = _from_config(options["file"], reading.split or "train")
     for row in _pick(rows, options["pick"], options["number"], options["seed"]):
         for line in example_lines(row, tokenizer, each=options["tokens"]):
             console.say(line)
@@ -92,7 +100,7 @@ def _check_beside_config(context: click.Context, source: str | None) -> None:
         name for name in context.params if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
     idle = ["SOURCE"] if source is not None else []
-    idle += [_flag(name) for name in sorted(given - BESIDE_CONFIG - {"source"})]
+    idle += [flag(name) for name in sorted(given - BESIDE_CONFIG - {"source"})]
     if idle:
         raise UsageError(f"the configuration says what is read, and how: leave out {', '.join(idle)}")
 
@@ -114,41 +122,29 @@ def _from_config(file: Path, split: str) -> Found:
     return splits[split], prepared.counts, tokenizer
 
 
-def _from_source(source: str | None, options: dict[str, Any]) -> Found:
+def _from_source(source: str | None, reading: Reading, options: dict[str, Any]) -> Found:
     if source is None or options["model"] is None:
         raise UsageError("what is to be shown? Give SOURCE and --model, or a configuration with -c")
-    examples = _read(source, options)
+    examples = _read(source, reading)
     tokenizer = load_tokenizer(options["model"], revision=options["model_revision"])
     lengths = {name: options[name] for name in ("max_length", "max_prompt_length", "truncation")}
-    rows, counts = tokenize_all(examples, tokenizer, **lengths)
+    rows, counts = tokenize_all(examples, tokenizer, strict=reading.strict, **lengths)
     return rows, {"": counts}, tokenizer
 
 
-def _read(source: str, options: dict[str, Any]) -> list[Conditioned]:
+def _read(source: str, reading: Reading) -> list[Conditioned]:
     if is_relabelled(source):
-        clash = [name for name in ("data_format", "columns", "score", "data_config", "revision") if options[name]]
-        if clash:
-            flag = _flag(clash[0])
-            raise UsageError(f"{source} is relabelled data, which {flag} does not apply to; leave it out")
-        return read_relabelled(source).read(options["split"] or "train")[: options["limit"]]
-    spec = SourceSpec(
-        source,
-        format=options["data_format"],
-        columns=parse_columns(options["columns"]) if options["columns"] else None,
-        config=options["data_config"],
-        **{name: options[name] for name in ("score", "split", "revision", "limit")},
-    )
-    found, counts = read_source(spec)
+        reading.check_relabelled(source)
+        folder = read_relabelled(source)
+        split = reading.split or "train"
+        return first_examples(folder.read(find_split(split, tuple(folder.splits)) or split), reading.limit)
+    found, counts = read_source(reading.spec(source), strict=reading.strict)
     for line in counts.lines():
         console.note(f"read: {line}")
     if not found:
         raise DataError(f"{source}: no row can be used")
     console.note(f"{source} is not relabelled: rows are shown without a goal (see mlxpref relabel)")
     return [unconditioned(example) for example in found]
-
-
-def _flag(name: str) -> str:
-    return "--format" if name == "data_format" else "--" + name.replace("_", "-")
 
 
 def _pick(rows: Sequence[Tokenized], how: str, number: int, seed: int) -> list[Tokenized]:
@@ -183,7 +179,7 @@ def mark(text: str) -> str:
 
 
 def _count(kept: int, cut: int) -> str:
-    return f"{kept} tokens" + (f" ({cut} cut)" if cut else "")
+    return counted(kept, "token") + (f" ({cut} cut)" if cut else "")
 
 
 def _pieces(prompt_ids: np.ndarray, ids: np.ndarray, tokenizer: Any, each: bool) -> Iterator[str]:
@@ -232,6 +228,6 @@ def _summary(rows: Sequence[Tokenized], counts: Mapping[str, Counts]) -> None:
         )
     for stage, found in counts.items():
         where = f"{stage}: " if stage else ""
-        console.say(f"{where}{found.kept} rows kept, {sum(found.dropped.values())} dropped")
+        console.say(f"{where}{counted(found.kept, 'row')} kept, {sum(found.dropped.values())} dropped")
         for line in found.lines():
             console.say(line)

@@ -49,19 +49,30 @@ def policy_options(command: F) -> F:
                 metavar="FOLDER|ID",
                 help="Model folder or hub id. With an adapter: its base, where that has moved.",
             ),
-            click.option("--revision", help="Branch, tag or commit of a --model on the hub; an adapter names its own."),
+            click.option(
+                "--model-revision",
+                "revision",
+                metavar="REV",
+                help="Branch, tag or commit of a --model on the hub; an adapter names its own.",
+            ),
             click.option(
                 "--dtype",
                 type=click.Choice(["float32", "float16", "bfloat16"]),
-                help="Of unquantised weights; the checkpoint's own by default (float32 on CPU).",
+                help="Of unquantised weights.  [default: the checkpoint's, on a CPU float32]",
             ),
             click.option(
                 "--recipe",
                 "recipe_path",
                 metavar="PATH",
-                help="Take the words for goals from this adapter, relabelled folder or recipe.json.",
+                help="Where the words for goals are: adapter, relabelled folder, recipe.json.  [default: the adapter]",
             ),
-            click.option("--backend", default="auto", show_default=True, help="Machine room: auto, mlx."),
+            click.option(
+                "--backend",
+                default="auto",
+                show_default=True,
+                metavar="NAME",
+                help=f"What computes: {', '.join(('auto', *backends.NAMES))}.",
+            ),
         )
     ):
         command = option(command)
@@ -86,7 +97,7 @@ def open_policy(
     if adapter_path is None and model is None:
         raise UsageError("which policy? Give --adapter-path FOLDER, or --model for a model without an adapter")
     if revision is not None and (adapter_path is not None or model is None):
-        raise UsageError("--revision is for a --model on the hub without an adapter, which names its own")
+        raise UsageError("--model-revision is for a --model on the hub without an adapter, which names its own")
     facts = {} if adapter_path is None else adapter_facts(adapter_path)
     recipe = None if adapter_path is None else adapter_recipe(adapter_path)
     if recipe_path is not None:

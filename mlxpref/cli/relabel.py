@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from mlxpref.cli import console
+from mlxpref.cli.sources import Reading, flag, source_options
 from mlxpref.data.recipe import Recipe, format_number, goal_words, resolve_carrier
 from mlxpref.data.relabel_sources import RelabelledSplits, relabel_sources
 from mlxpref.data.relabelled import is_relabelled, read_relabelled, write_relabelled
 from mlxpref.data.scale import MAX_DECIMALS
-from mlxpref.data.sources import SourceSpec, parse_columns
+from mlxpref.data.sources import SourceSpec
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError, UsageError
 from mlxpref.files import check_free
 from mlxpref.records import Conditioned
@@ -47,37 +49,41 @@ RECIPE_OPTIONS = (
     type=click.Choice(["jsonl", "parquet"]),
     default="jsonl",
     show_default=True,
-    help="Of the files written.",
+    help="Format of the files written.",
 )
 @click.option(
-    "--preview", type=click.IntRange(0), default=0, metavar="N", help="Print the exact text of N rows."
+    "--preview",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Print the exact text of N rows.",
 )
-@click.option("--format", "data_format", metavar="NAME", help="Format of the source; detected by default.")
+@source_options(split="each of train, valid and test there is")
 @click.option(
-    "--columns", metavar="OURS=THEIRS,…", help="Columns of other names: prompt=question,chosen=best."
+    "--weight",
+    multiple=True,
+    type=float,
+    metavar="X",
+    help="Examples taken for each one of a source; give one for each source, in order.  [default: 1]",
 )
-@click.option("--score", metavar="NAME", help="The score to ask for, where the data have several.")
-@click.option("--config", metavar="NAME", help="Configuration of a hub data set.")
-@click.option("--split", metavar="NAME", help="Read this split only; by default train, valid and test.")
-@click.option("--revision", metavar="REV", help="Revision of a hub data set.")
 @click.option(
-    "--weight", multiple=True, type=float, help="Rows taken for each row of a source; once a source."
-)
-@click.option("--limit", type=click.IntRange(1), help="Rows read at most, of each source and split.")
-@click.option("--streaming", is_flag=True, help="Read a hub data set or Parquet row by row, with no copy on disk.")
-@click.option(
-    "--model", metavar="PATH", help="Ask this model's chat template where a goal can stand; preview with it."
+    "--model",
+    metavar="FOLDER|ID",
+    help="Model folder or hub id, whose chat template says where a goal can stand; preview with it.",
 )
 @click.option(
     "--recipe", "recipe_from", metavar="FOLDER", help="Use the recipe of these relabelled data as it is."
 )
-@click.option("--template", metavar="FILE|TEXT", help="The words of the goal; by default the seed's.")
+@click.option(
+    "--template", metavar="FILE|TEXT", help="The words of the goal.  [default: those of reward-augmented DPO]"
+)
 @click.option(
     "--carrier",
     type=click.Choice(["auto", "system", "first_user"]),
     default="auto",
     show_default=True,
-    help="Message that states the goal; auto asks the chat template of --model.",
+    help="Message that states the goal; auto asks the chat template of --model, and without one is system.",
 )
 @click.option(
     "--score-range",
@@ -103,7 +109,10 @@ RECIPE_OPTIONS = (
     help="Always so many decimals; by default 8, 8.5, 7.25 as they come.",
 )
 @click.option(
-    "--top-goal", type=float, help="What generation asks for by default: the high end of the scale."
+    "--top-goal",
+    type=float,
+    metavar="X",
+    help="What generation asks for by default.  [default: the high end of --goal-range]",
 )
 @click.option(
     "--attributes", metavar="NAME,…", help="Ask for these scores together ('overall' is the score itself)."
@@ -123,22 +132,43 @@ RECIPE_OPTIONS = (
     help="Examples whose scores are all equal.",
 )
 @click.option(
-    "--min-gap", type=click.FloatRange(0), default=0.0, help="Drop examples with a smaller gap, goal units."
+    "--min-gap",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="Drop examples whose scores lie nearer together, in goal units.",
 )
 @click.option(
-    "--plain-share", type=click.FloatRange(0, 1), default=0.0, help="Share of examples without a goal."
+    "--plain-share",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="Share of examples without a goal.",
 )
-@click.option("--valid-fraction", type=float, help="Part of the training examples to hold out, by prompt.")
-@click.option("--test-fraction", type=float, help="The same for a test split.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Decides splits, plain share and weights."
+    "--valid-fraction",
+    type=float,
+    metavar="X",
+    help="Share of the training prompts to hold out for validation.  [default: none]",
 )
 @click.option(
-    "--num-proc", type=click.IntRange(1), default=1, show_default=True, help="Processes; never the result."
+    "--test-fraction", type=float, metavar="X", help="The same for a test split.  [default: none]"
 )
-@click.option("--strict", is_flag=True, help="A row that cannot be used is an error instead of a count.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Decides splits, plain share and weights."
+)
+@click.option(
+    "--num-proc",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes that share the work; the result is the same.",
+)
 @click.pass_context
-def command(context: click.Context, source: tuple[str, ...], **options: Any) -> None:
+def command(context: click.Context, source: tuple[str, ...], reading: Reading, **options: Any) -> None:
     """Write each example's scores into its prompt, once as each goal, and order its responses by it.
 
     SOURCE is a file, a folder with train/valid/test, or a hub data set; several are mixed by --weight.
@@ -153,12 +183,12 @@ def command(context: click.Context, source: tuple[str, ...], **options: Any) -> 
         name for name in options if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
     }
     result = relabel_sources(
-        _specs(source, options),
+        _specs(source, reading, options["weight"]),
         _recipe(options, tokenizer, given),
         fractions={
             name: value for name in ("valid", "test") if (value := options[f"{name}_fraction"]) is not None
         },
-        strict=options["strict"],
+        strict=reading.strict,
         seed=options["seed"],
         say=console.note,
         **{name: options[name] for name in ("halves", "ties", "min_gap", "plain_share", "num_proc")},
@@ -182,24 +212,21 @@ def command(context: click.Context, source: tuple[str, ...], **options: Any) -> 
 # --- options ---
 
 
-def _specs(sources: Sequence[str], options: dict[str, Any]) -> list[SourceSpec]:
-    weights = options["weight"] or (1.0,) * len(sources)
+def _specs(sources: Sequence[str], reading: Reading, weights: Sequence[float]) -> list[SourceSpec]:
+    weights = weights or (1.0,) * len(sources)
     if len(weights) != len(sources):
-        raise UsageError(f"{len(weights)} --weight for {len(sources)} sources; give one for each, in order")
+        raise UsageError(
+            f"{len(weights)} --weight for {counted(len(sources), 'source')}; give one for each, in order"
+        )
     for path in sources:
         if is_relabelled(path):
             raise DataError(f"{path} is relabelled data already; relabel what it was made from")
-    shared = {name: options[name] for name in ("config", "split", "revision", "score", "limit", "streaming")}
-    columns = parse_columns(options["columns"]) if options["columns"] else None
-    return [
-        SourceSpec(path, format=options["data_format"], columns=columns, weight=weight, **shared)
-        for path, weight in zip(sources, weights, strict=True)
-    ]
+    return [reading.spec(path, weight=weight) for path, weight in zip(sources, weights, strict=True)]
 
 
 def _recipe(options: dict[str, Any], tokenizer: Any, given: Iterable[str]) -> Recipe | dict[str, Any]:
     if options["recipe_from"] is not None:
-        clash = [f"--{name.replace('_', '-')}" for name in RECIPE_OPTIONS if name in given]
+        clash = [flag(name) for name in RECIPE_OPTIONS if name in given]
         if clash:
             raise UsageError(f"--recipe says already what {', '.join(clash)} would")
         recipe = _stored_recipe(options["recipe_from"])

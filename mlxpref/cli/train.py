@@ -6,14 +6,18 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from mlxpref.assembly import STEPS_PER_EVAL
 from mlxpref.cli import console
+from mlxpref.cli.sources import SPLIT_HELP, source_option
 from mlxpref.config import Config
 from mlxpref.config_layers import dump_config, load_config, parse_setting, read_yaml
 from mlxpref.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 FLAGS: Mapping[str, str] = {
     "model": "model.path",
@@ -23,6 +27,7 @@ FLAGS: Mapping[str, str] = {
     "score": "data.score",
     "split": "data.split",
     "valid": "data.valid",
+    "valid_split": "data.valid_split",
     "valid_fraction": "data.valid_fraction",
     "strict": "data.strict",
     "adapter_path": "output.adapter_path",
@@ -57,41 +62,78 @@ Example:
 """
 
 
+DEFAULTS = Config.model_validate({"model": {"path": ""}, "data": {"source": ""}})
+"""A configuration that says nothing but what it must."""
+
+
+def _flag(name: str, *others: str, help: str, **more: Any) -> Callable[[F], F]:
+    """A flag of :data:`FLAGS`, its help ending with the default that the configuration has."""
+    on, _, off = name.partition("/")
+    value: Any = DEFAULTS
+    for part in FLAGS[on.removeprefix("--").replace("-", "_")].split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
+    shown = (on if value else off).removeprefix("--") if off else _shown(value)
+    return click.option(name, *others, help=f"{help}  [default: {shown}]" if shown else help, **more)
+
+
+def _shown(default: Any) -> str:
+    """A default as one would type it; nothing for None."""
+    if isinstance(default, Mapping):
+        return str(default["name"])
+    if isinstance(default, float):
+        return f"{default:g}"
+    return "none" if default == () else "" if default is None else str(default)
+
+
 @click.command(epilog=EPILOG)
 @click.option("-c", "--config", "file", type=click.Path(path_type=Path), help="YAML file; see configs/.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key of it.")
-@click.option("--model", help="Model folder or hub id.")
-@click.option("--data", help="File, folder or hub id of preferences, or a folder `relabel` wrote.")
-@click.option("--format", help="Format of the data, instead of detecting it.")
-@click.option("--columns", metavar="OURS=THEIRS,...", help="Which column is which.")
-@click.option("--score", help="Which of the data's scores to use.")
-@click.option("--split", help="Which split to train on.")
-@click.option("--valid", help="Validation rows: another file, folder or hub id.")
-@click.option("--valid-fraction", metavar="X", help="Share of the prompts to hold out instead.")
-@click.option("--strict", is_flag=True, default=None, help="A row that cannot be used is an error.")
-@click.option("--relabel/--no-relabel", default=None, help="Write goals into the prompts, or train plainly.")
-@click.option("--adapter-path", help="Run folder: the adapter, checkpoints, metrics.")
+@_flag("--model", metavar="FOLDER|ID", help="Model folder or hub id.")
+@_flag("--data", metavar="PATH|ID", help="File, folder or hub id of preferences, or what `mlxpref relabel` wrote.")
+@source_option("format")
+@source_option("columns")
+@source_option("score")
+@source_option("split", help=f"{SPLIT_HELP}  [default: train]")
+@_flag("--valid", metavar="PATH|ID", help="Validation rows: other data, or another split of the same.")
+@_flag("--valid-split", metavar="NAME", help="Split of --valid to read.  [default: valid, else test, else train]")
+@_flag("--valid-fraction", metavar="X", help="Share of the training prompts to hold out instead of --valid.")
+@source_option("strict", default=None)
+@click.option(
+    "--relabel/--no-relabel",
+    default=None,
+    help="Write goals into the prompts, or train plainly.  [default: no-relabel]",
+)
+@_flag("--adapter-path", metavar="FOLDER", help="Run folder: the adapter, checkpoints, metrics.")
 @click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
-@click.option("--objective", help="What to minimise; `mlxpref objectives` lists them.")
-@click.option("--beta", metavar="X", help="The objective's beta.")
-@click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), help="What trains.")
-@click.option("--num-layers", metavar="N", help="Layers that train, counted from the last; -1 for all.")
-@click.option("--init-from", "--resume-adapter-file", help="Adapter folder to start from, or the file in it.")
-@click.option("--iters", metavar="N", help="Updates of the weights (mlx-lm: batches, accumulated or not); or")
-@click.option("--epochs", metavar="N", help="times each example is visited.")
-@click.option("--batch-size", metavar="N", help="Examples of one optimiser step, before accumulation.")
-@click.option("--grad-accumulation-steps", metavar="N", help="Batches added up before each update.")
-@click.option("--optimizer", help="adam, adamw, sgd, muon, adafactor or lion.")
-@click.option("--learning-rate", metavar="X", help="Highest learning rate.")
-@click.option("--max-length", "--max-seq-length", metavar="N", help="Tokens of prompt and response at most.")
-@click.option("--grad-checkpoint/--no-grad-checkpoint", default=None, help="Less memory, more time.")
-@click.option("--steps-per-report", metavar="N", help="Steps between report lines.")
-@click.option("--steps-per-eval", metavar="N", help="Steps between evaluations; 0 for none.")
-@click.option("--val-batches", metavar="N", help="Batches of one evaluation; -1 for all.")
-@click.option("--save-every", metavar="N", help="Steps between checkpoints.")
-@click.option("--seed", metavar="N", help="Of order, splits and first weights.")
-@click.option("--report-to", help="wandb, swanlab, tensorboard; several with commas. Default: none.")
-@click.option("--project-name", help="Project name there; by default the run folder's.")
+@_flag("--objective", metavar="NAME", help="What to minimise; `mlxpref objectives` lists them.")
+@_flag("--beta", metavar="X", help="The objective's beta.  [default: the objective's own]")
+@_flag("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), help="What trains.")
+@_flag("--num-layers", metavar="N", help="Layers that train, counted from the last; -1 for all.")
+@_flag(
+    "--init-from",
+    "--resume-adapter-file",
+    metavar="FOLDER",
+    help="Adapter folder to start from, or the adapters.safetensors in it.",
+)
+@_flag("--iters", metavar="N", help="Updates of the weights (mlx-lm's are batches, accumulated or not).")
+@_flag("--epochs", metavar="X", help="How often each example is visited, where --iters does not say.")
+@_flag("--batch-size", metavar="N", help="Examples of one optimiser step, before accumulation.")
+@_flag("--grad-accumulation-steps", metavar="N", help="Batches added up before each update.")
+@_flag("--optimizer", metavar="NAME", help="adam, adamw, sgd, muon, adafactor or lion.")
+@_flag("--learning-rate", metavar="X", help="Highest learning rate.")
+@_flag("--max-length", "--max-seq-length", metavar="N", help="Tokens of prompt and response at most.")
+@_flag("--grad-checkpoint/--no-grad-checkpoint", default=None, help="Less memory, more time.")
+@_flag("--steps-per-report", metavar="N", help="Steps between report lines.")
+@_flag(
+    "--steps-per-eval",
+    metavar="N",
+    help=f"Steps between evaluations; 0 for none.  [default: {STEPS_PER_EVAL} where there are validation rows]",
+)
+@_flag("--val-batches", metavar="N", help="Batches of one evaluation; -1 for all.")
+@_flag("--save-every", metavar="N", help="Steps between checkpoints.")
+@_flag("--seed", metavar="N", help="Decides order, splits and first weights.")
+@_flag("--report-to", metavar="NAME,…", help="Where figures go, besides the run folder: wandb, swanlab, tensorboard.")
+@_flag("--project-name", metavar="NAME", help="Project name there.  [default: the run folder's]")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
 def command(
     file: Path | None,

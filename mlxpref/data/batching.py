@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxpref.data.parts import PlannedPart
 from mlxpref.data.shapes import Shape
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError
 from mlxpref.records import Batch, MicroBatch, Shelf, Tokenized
 
@@ -134,7 +135,8 @@ def _reference(examples: Sequence[Tokenized], shape: Shape, known: Sequence[Sequ
         for k, (ids, values) in enumerate(zip(example.response_ids, logps, strict=True)):
             if len(ids) != len(values):
                 raise ValueError(
-                    f"{example.example_id}: {len(values)} reference log-probs for {len(ids)} response tokens"
+                    f"{example.example_id}: {counted(len(values), 'reference log-prob')} for "
+                    f"{counted(len(ids), 'response token')}"
                 )
             out[b, k, : len(ids)] = values
     return out

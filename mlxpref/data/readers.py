@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError
 
 Rows = Iterator[tuple[str, Any]]
@@ -134,8 +135,9 @@ def read_csv(file: Path) -> Rows:
                 if not cells:
                     continue
                 if header is None or len(cells) != len(header):
+                    columns = counted(len(header or ()), "column")
                     raise DataError(
-                        f"{file}:{reader.line_num}: {len(cells)} cells under {len(header or ())} columns; "
+                        f"{file}:{reader.line_num}: {counted(len(cells), 'cell')} under {columns}; "
                         "a text with a comma or line break must stand in double quotes"
                     )
                 row = dict(zip(header, (cell or None for cell in cells), strict=True))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 
 from mlxpref.data.scale import IDENTITY, MAX_DECIMALS, Range, ScoreMap, check_range
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError, ScoreError, UsageError
 from mlxpref.records import Goal, Message, Prompt, Scored
 
@@ -106,7 +107,7 @@ class Recipe:
         check_range("the goal range", self.goal_range)
         if any(self._round(bound) != bound for bound in self.goal_range):
             raise UsageError(
-                f"the goal range {self.goal_range} needs more than {self.number_format} decimals"
+                f"the goal range {self.goal_range} needs more than {counted(self.number_format or 0, 'decimal')}"
             )
         check_template(self.template, self.attributes)
         maps = {name: self.attribute_mappings.get(name, IDENTITY) for name in self.attributes}

@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 from mlxpref.data.fitting import fit_recipe
 from mlxpref.data.recipe import Recipe, resolve_carrier
 from mlxpref.data.splitting import place_in_line, split_by_prompt
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Conditioned, Counts, Dropped, Goal, Half, Prompt, Scored
 
@@ -240,7 +241,7 @@ def relabel_all(
             problems.append(f"{result.where}: {result.detail or result.reason}")
     if strict:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise_all(problems[:5] + more, DataError, f"{len(problems)} examples cannot be relabelled:")
+        raise_all(problems[:5] + more, DataError, f"{counted(len(problems), 'example')} cannot be relabelled:")
     return rows, counts
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.rowfiles import parquet_schema, read_rows, write_jsonl, write_parquet
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError, UsageError
 from mlxpref.files import folder_aside
 from mlxpref.records import Conditioned, Counts, Message
@@ -70,8 +71,8 @@ class Relabelled:
                 raise DataError(f"{where}: not a relabelled row ({type(error).__name__}: {error})") from error
         if len(rows) != self.rows[split]:
             raise DataError(
-                f"{file} holds {len(rows)} rows, {CARD} says {self.rows[split]}: the file was changed or cut "
-                "off; relabel again"
+                f"{file} holds {counted(len(rows), 'row')}, {CARD} says {self.rows[split]}: the file was "
+                "changed or cut off; relabel again"
             )
         return rows
 

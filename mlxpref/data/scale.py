@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError, ScoreError, UsageError
 
 MapKind = Literal["identity", "affine", "quantile"]
@@ -50,7 +51,7 @@ class ScoreMap:
         if self.kind not in get_args(MapKind):
             raise DataError(f"unknown score map {self.kind!r}; one of {', '.join(get_args(MapKind))}")
         if (self.kind == "identity") != (not self.knots):
-            raise DataError(f"a score map of kind {self.kind} with {len(self.knots)} knots")
+            raise DataError(f"a score map of kind {self.kind} with {counted(len(self.knots), 'knot')}")
         if any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(self.knots)):
             raise DataError(f"the knots of a score map must rise: {list(self.knots)}")
 

@@ -22,6 +22,7 @@ from mlxpref.data.messages import Unusable
 from mlxpref.data.readers import Rows
 from mlxpref.data.scale import Range
 from mlxpref.data.tables import SourceSpec, Table, find_split, open_table
+from mlxpref.data.words import counted
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Counts, Dropped, Message, Scored
 
@@ -348,5 +349,6 @@ def _raise_strict(problems: Sequence[Dropped]) -> None:
     raise_all(
         lines,
         ScoreError if about_scores else DataError,
-        f"{len(problems)} rows cannot be used; mend them, or leave --strict out to drop and count them",
+        f"{counted(len(problems), 'row')} cannot be used; mend the data, or leave --strict out to drop and "
+        "count such rows",
     )

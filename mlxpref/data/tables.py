@@ -105,7 +105,7 @@ def open_table(spec: SourceSpec) -> Table:
     if path.is_file() or path.is_dir():
         for name in ("config", "revision"):
             if getattr(spec, name) is not None:
-                raise UsageError(f"{spec.path} lies on this disk: --{name} is for data sets of the hub")
+                raise UsageError(f"{spec.path} lies on this disk: --data-{name} is for data sets of the hub")
         return _file_table(path, spec) if path.is_file() else _folder_table(path, spec)
     may_be_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec.path)  # not "./data", "../data"
     if may_be_id and ending(path) not in (*READERS, ".parquet"):

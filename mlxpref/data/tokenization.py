@@ -23,12 +23,16 @@ import numpy as np
 
 from mlxpref.data.render import Encoder, TurnEnd, load_tokenizer, render_prompt, render_turn, turn_end
 from mlxpref.data.truncation import cut_prompt
+from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, DataError, raise_all
 from mlxpref.records import Conditioned, Counts, Dropped, Prompt, Tokenized
 
 __all__ = ["encode_prompt", "load_tokenizer", "render_prompt", "tokenize", "tokenize_all"]
 
 Truncation = Literal["cut", "drop"]
+
+STRICT_SHOWN = 10
+"""Problems listed by a strict tokenization."""
 
 _AT_ONCE = 256
 """Examples whose texts are encoded in one call; halves of one source are not parted."""
@@ -113,15 +117,21 @@ def tokenize_all(
             else:
                 rows.append(row)
     if strict:
-        lines = [f"{row.where}: {row.reason}" for row in dropped]
-        more = [f"… and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise_all(lines[:10] + more, DataError, f"{len(lines)} rows cannot be used (strict):")
+        _raise_strict(dropped)
     counts.kept = len(rows)
     _note(counts, NO_PREFIX, reader.rewritten)
     _note(counts, GOAL_LOST, reader.goals_lost)
     _note(counts, PROMPT_CUT, sum(row.prompt_cut > 0 for row in rows))
     _note(counts, RESPONSE_CUT, sum(any(row.response_cut) for row in rows))
     return _one_type_a_column(rows), counts
+
+
+def _raise_strict(dropped: Sequence[Dropped]) -> None:
+    """Halves of one source share their id, and mostly their fate: each id once for each reason."""
+    lines = list(dict.fromkeys(f"{row.where}: {row.reason}" for row in dropped))
+    more = [f"… and {len(lines) - STRICT_SHOWN} more"] if len(lines) > STRICT_SHOWN else []
+    examples = counted(len({row.where for row in dropped}), "example")
+    raise_all(lines[:STRICT_SHOWN] + more, DataError, f"{examples} cannot be used (strict):")
 
 
 def _chunks(examples: Iterable[Conditioned]) -> Iterator[list[Conditioned]]:

@@ -11,6 +11,9 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlxpref.mlx_backend.policy import Policy
 
+PREFILL_TOKENS = 8 * 2048
+"""Most prompt tokens, padding included, computed in one pass: what mlx-lm's own default sizes allow."""
+
 
 def generate(
     policy: Policy,
@@ -43,8 +46,16 @@ def generate(
             max_tokens=max_tokens,
             sampler=sampler,
             return_token_ids=True,
+            completion_batch_size=len(prompts),  # all decoded side by side: a step costs the same for few
+            prefill_batch_size=_prefill_rows(prompts),
         )
     return [_text(policy, ids) for ids in result.token_ids]
+
+
+def _prefill_rows(prompts: Sequence[Sequence[int]]) -> int:
+    """How many prompts go through the model at once. A pass holds at most 2048 tokens of each."""
+    longest = min(2048, max((1, *map(len, prompts))))
+    return max(1, min(len(prompts), PREFILL_TOKENS // longest))
 
 
 def _text(policy: Policy, ids: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlxpref.errors import AdapterError, ConfigError, ModelError
 from mlxpref.hub import model_folder
+from mlxpref.mlx_backend import compiler
 from mlxpref.mlx_backend.logps import Network, find_body
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
@@ -176,6 +177,7 @@ def load_policy(
     """
     from mlxpref.mlx_backend import adapter, probe  # both build on policies
 
+    compiler.prepare()
     folder = model_folder(path, revision=revision)
     model, config = _load(folder)
     _cast(model, dtype)

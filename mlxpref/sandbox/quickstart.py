@@ -1,0 +1,260 @@
+"""The whole way on the sandbox, in minutes: relabel, reference, train, ask, evaluate, look.
+
+Whatever was finished is kept in the output folder, and an interrupted quickstart goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxpref import backends, sandbox
+from mlxpref.callbacks import TrainCallback
+from mlxpref.config import Config
+from mlxpref.config_layers import check_config, read_yaml
+from mlxpref.data.recipe import Recipe
+from mlxpref.data.relabel_sources import relabel_sources
+from mlxpref.data.relabelled import read_relabelled, write_relabelled
+from mlxpref.data.sources import SourceSpec, open_source, read_source
+from mlxpref.data.tokenization import load_tokenizer
+from mlxpref.errors import RunError
+from mlxpref.evaluate import evaluate
+from mlxpref.evaluate.control import ControlCurve, as_curve, control_curve
+from mlxpref.facts import commit, versions
+from mlxpref.files import write_text
+from mlxpref.generate import adapter_facts, text_question
+from mlxpref.records import Scored
+from mlxpref.reference import ReferenceStore
+from mlxpref.report import Line, draw_control_curve
+from mlxpref.runs import CONFIG
+from mlxpref.sandbox import gold
+from mlxpref.sandbox.findings import headline, sentences
+from mlxpref.sandbox.measured import TOP, Measured, keep, kept
+from mlxpref.sandbox.trials import FULL, MAX_LENGTH, QUICK, TRIALS, Size, Trial, configuration
+from mlxpref.train import absolute_paths, train
+
+GOALS = (None, *map(float, range(1, 11)))
+TEMPERATURE = 0.7
+MAX_TOKENS = 128
+TOGETHER = 200
+"""Requests answered side by side."""
+
+HIGH = 6.0
+"""A rejected response that scores at least this was a good one."""
+
+
+class Watch(TrainCallback):
+    """Listens to a quickstart; every method does nothing, override what is needed."""
+
+    def on_stage(self, title: str) -> None:
+        """A stage begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a quickstart found.
+
+    Attributes:
+        folder: of this seed and size, with the runs in it.
+        pairs: the file of scored pairs everything was trained on.
+        models: the base first, then the trials.
+        requests: what was asked, by ``Sample.index``.
+        picture: the control curve.
+        said: what was found, in sentences.
+    """
+
+    folder: Path
+    pairs: Path
+    models: tuple[Measured, ...]
+    requests: tuple[str, ...]
+    picture: Path
+    said: tuple[str, ...]
+
+
+def quickstart(out: Path, *, seed: int = 0, quick: bool = False, watch: Watch | None = None) -> Found:
+    """Train and measure every trial on the sandbox.
+
+    Args:
+        out: folder for everything that is made; what is finished there is kept.
+        seed: of first weights, order and sampling. The pairs are the same for every seed.
+        quick: fewer pairs, steps and requests.
+
+    Raises:
+        KeyboardInterrupt: stopped while training, everything saved.
+        RunError: ``out`` holds a run with other settings, or cannot be written.
+    """
+    return _Quickstart(out.resolve(), seed, QUICK if quick else FULL, watch or Watch()).go()
+
+
+@dataclass(frozen=True, slots=True)
+class _Quickstart:
+    out: Path
+    seed: int
+    size: Size
+    watch: Watch
+
+    @property
+    def folder(self) -> Path:
+        return self.out / (f"seed-{self.seed}" + ("-quick" if self.size is QUICK else ""))
+
+    @property
+    def store(self) -> Path:
+        return self.out / "reference"
+
+    def go(self) -> Found:
+        pairs = self.out / f"pairs-{self.size.pairs}.jsonl"
+        self.watch.on_stage("relabel: each pair becomes two, one per score asked for")
+        relabelled = self._relabelled(pairs)
+        recipe = read_relabelled(relabelled).recipe
+        assert recipe is not None
+        configs = {
+            trial.name: absolute_paths(
+                configuration(
+                    trial, relabelled if trial.relabelled else pairs, self.folder / trial.name, self.size,
+                    seed=self.seed, store=self.store,
+                )
+            )
+            for trial in TRIALS
+        }  # fmt: skip
+        for trial in TRIALS:
+            self.watch.on_stage(f"train {trial.title}: {self.size.steps} steps")
+            self._train(configs[trial.name])
+        models = [self._measured(None, None, recipe)]
+        models += [self._measured(trial, configs[trial.name], recipe) for trial in TRIALS]
+        return self._found(pairs, models)
+
+    # --- data ---
+
+    def _relabelled(self, pairs: Path) -> Path:
+        folder = pairs.with_name(f"relabelled-{self.size.pairs}")
+        lines = _untied(self.size.pairs)
+        if folder.exists() and pairs.exists() and pairs.read_text(encoding="utf-8") == lines:
+            self.watch.on_note(f"{folder}: there already")
+            return folder
+        write_text(pairs, lines)
+        done = relabel_sources([SourceSpec(path=str(pairs))], {"mapping": "identity"}, say=self.watch.on_note)
+        write_relabelled(
+            folder, done.splits, done.recipe, counts=done.counts, written_with=done.options, overwrite=folder.exists()
+        )
+        rows = sum(map(len, done.splits.values()))
+        self.watch.on_note(f"{self.size.pairs} pairs, {rows} relabelled rows: {folder}")
+        return folder
+
+    # --- training ---
+
+    def _train(self, config: Config) -> None:
+        folder = Path(config.output.adapter_path)
+        begun = (folder / CONFIG).is_file()
+        if begun and check_config(read_yaml(folder / CONFIG)).as_dict() != config.as_dict():
+            raise RunError(
+                f"{folder}: holds a run with other settings, perhaps of another version; choose another --out, or "
+                "delete that folder"
+            )
+        if begun and _step(folder) == config.training.iters:
+            self.watch.on_note(f"{folder}: there already")
+            return
+        result = train(config, resume=begun, callbacks=[self.watch])
+        if result.interrupted is not None:
+            raise KeyboardInterrupt
+
+    # --- measuring ---
+
+    def _measured(self, trial: Trial | None, config: Config | None, recipe: Recipe) -> Measured:
+        name, title = ("base", "base") if trial is None else (trial.name, trial.title)
+        self.watch.on_stage(f"ask {title} at every goal")
+        folder = self.folder / "measured"
+        key = self._key(config)
+        found = kept(name, title, key, folder, seed=self.seed)
+        if found is not None:
+            self.watch.on_note(f"{folder / name}.json: there already")
+            return found
+        backend = backends.get()
+        with backend.set_memory_policy():
+            if trial is None or config is None:
+                policy = backend.load_policy(str(sandbox.MODEL), trainable=False)
+                found = Measured(name, title, self._curve(backend, policy, recipe), None, None)
+            else:
+                policy = backend.load_adapter(config.output.adapter_path)
+                curve = self._curve(backend, policy, recipe)
+                found = Measured(name, title, curve, *self._judged(backend, policy, recipe, trial))
+        keep(found, key, folder)
+        return found
+
+    def _curve(self, backend: Any, policy: Any, recipe: Recipe) -> ControlCurve:
+        return control_curve(
+            [text_question(request) for request in self._requests()], GOALS, gold.score,
+            backend, policy, load_tokenizer(str(sandbox.MODEL)), recipe,
+            temperature=TEMPERATURE, max_tokens=MAX_TOKENS, batch_size=TOGETHER, seed=self.seed, top=TOP,
+            on_progress=lambda done, total: self.watch.on_progress("answers", done, total),
+        )  # fmt: skip
+
+    def _judged(
+        self, backend: Any, policy: Any, recipe: Recipe, trial: Trial
+    ) -> tuple[tuple[float, float], float]:
+        """Goal sensitivity with its error, and how good responses that were rejected changed in log-prob: asked
+        for as the model is meant to be asked, with a response's own score or without a goal."""
+        metrics = evaluate(
+            held_out(self.size.judged), backend, policy, load_tokenizer(str(sandbox.MODEL)),
+            recipe=recipe, store=ReferenceStore(self.store, policy.fingerprint), max_length=MAX_LENGTH,
+            high_score=HIGH,
+            on_progress=lambda what, done, total: self.watch.on_progress(f"{what} log-probs", done, total),
+        ).metrics  # fmt: skip
+        sensitivity = metrics["goal_sensitivity"]
+        change = metrics["views"]["rejected" if trial.relabelled else "unconditioned"]["change"]
+        return (sensitivity["mean"], sensitivity["error"]), change["high_score_rejected"]["sum"]
+
+    def _requests(self) -> tuple[str, ...]:
+        return tuple(example.prompt[0].content for example in held_out(self.size.requests))
+
+    def _key(self, config: Config | None) -> str:
+        """Changes with everything that changes what is measured."""
+        what = [None if config is None else config.as_dict(), asdict(self.size), self.seed, versions(), _weights()]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    # --- what came of it ---
+
+    def _found(self, pairs: Path, models: list[Measured]) -> Found:
+        base, steered, *others = models
+        picture = self.folder / "control-curve.png"
+        lines = [Line(one.title, one.unasked.mean) for one in (base, *others)]
+        draw_control_curve(
+            [as_curve(steered.title, steered.asked)], picture, lines=lines, title=headline(steered),
+            x_label="score asked for", y_label="score of the answers",
+        )  # fmt: skip
+        said = tuple(sentences(base, steered, others))
+        record = {
+            "seed": self.seed,
+            "size": asdict(self.size),
+            "temperature": TEMPERATURE,
+            "models": {one.name: one.as_record() for one in models},
+            "said": said,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        write_text(self.folder / "results.json", json.dumps(record, indent=2) + "\n")
+        return Found(self.folder, pairs, tuple(models), self._requests(), picture, said)
+
+
+def held_out(n: int) -> list[Scored]:
+    """The first ``n`` scored pairs of scenes that neither pretraining nor training has seen."""
+    return read_source(open_source(SourceSpec(path=str(sandbox.TEST), limit=n)), strict=True)[0]
+
+
+def _untied(n: int) -> str:
+    """The first ``n`` training pairs of which one side is better: plain DPO cannot know that a pair is a tie."""
+    with sandbox.TRAIN.open(encoding="utf-8") as lines:
+        rows = ((line, json.loads(line)) for line in lines)
+        kept = [line for line, row in rows if row["score_chosen"] > row["score_rejected"]]
+    return "".join(kept[:n])
+
+
+def _step(folder: Path) -> int | None:
+    """How far the adapter in a run folder is trained; None if there is none yet."""
+    return adapter_facts(folder).get("step") if (folder / "adapter_config.json").is_file() else None
+
+
+def _weights() -> str:
+    return hashlib.sha256((sandbox.MODEL / "model.safetensors").read_bytes()).hexdigest()
