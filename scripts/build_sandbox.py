@@ -58,7 +58,7 @@ CONFIG = {
 BATCH, POOL = 128, 16
 """Conversations of a step; steps whose conversations are sorted by length together."""
 RATE, WARM_UP, LAST_RATE = 3e-3, 50, 1e-4
-STEPS = 2000
+STEPS = 1500
 
 
 def main() -> None:

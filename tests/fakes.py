@@ -52,7 +52,7 @@ def token_logps(policy: FakePolicy, batch: MicroBatch, *, reference: bool = Fals
 
 
 def backend(**more: Any) -> Any:
-    return SimpleNamespace(token_logps=token_logps, **more)
+    return SimpleNamespace(token_logps=token_logps, **{"device_info": dict, **more})
 
 
 def by_hand(of: np.ndarray, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,13 +16,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from document_commands import PAGES, ROOT, command_lines, fenced, statements
 
 from mlxpref import cli
 from mlxpref.data.recipe import Recipe
 from mlxpref.records import Message
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 
 
@@ -31,18 +29,6 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 def test_links_lead_somewhere(page: Path) -> None:
     dead = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert not dead, f"{page.name} links to {dead}"
-
-
-def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of every line that calls ``mlxpref``; a trailing backslash joins lines, a pipe ends one."""
-    for line in text.replace("\\\n", " ").splitlines():
-        if re.match(r"\s*(\$ )?mlxpref +[a-z]", line):
-            call = re.split(r" [|>] ", line.strip().removeprefix("$ "))[0]
-            yield shlex.split(call, comments=True)[1:]
-
-
-def fenced(page: Path) -> str:
-    return "\n".join(re.findall(r"```(?:sh|bash|console)?\n(.*?)```", page.read_text(), flags=re.DOTALL))
 
 
 def all_command_lines() -> list[tuple[str, list[str]]]:
@@ -80,6 +66,14 @@ def test_the_judge_of_command_lines_can_refuse() -> None:
     assert refused(["env", "stray"]) == "env: what is stray?"
     assert refused(["trian"]) == "no command trian"
     assert refused(["env", "--json"]) is None
+
+
+def test_commands_are_read_as_a_shell_reads_them() -> None:
+    """A comment, a joined line, a quotation over two lines; and one that never ends is not passed over."""
+    shell = 'a  --b "c d"   # why\n\n# nothing\ne \\\n  --f "g\nh # i"\nj\n'
+    assert list(statements(shell)) == [["a", "--b", "c d"], ["e", "--f", "g\nh # i"], ["j"]]
+    with pytest.raises(ValueError, match="no end of the quotation"):
+        list(statements('a "b\nc\n'))
 
 
 def test_the_goal_to_put_in_by_hand_is_the_recipes() -> None:

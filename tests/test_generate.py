@@ -38,6 +38,9 @@ class Room:
         self.tokenizer = tokenizer
         self.calls: list[dict[str, Any]] = []
 
+    def device_info(self) -> dict[str, Any]:
+        return {}
+
     def generate(self, policy: Any, prompts: list[list[int]], *, adapter: bool, **options: Any) -> list[str]:
         self.calls.append({"n": len(prompts), "adapter": adapter, **options})
         who = "adapter" if adapter else "base"

@@ -121,7 +121,7 @@ def test_the_base_model_is_told_nothing_of_what_goals_mean() -> None:
         goal_text = prompt[0].content
         if prompt[0].role == "system" and "\nOverall score: " in goal_text and prompt[1].content.endswith((".", "?")):
             request = prompt[1].content
-            if request == "What score is asked for?":
+            if "asked for" in request:  # a task of reading
                 continue
             asked.append(float(goal_text.rpartition(": ")[2].rstrip(".")))
             earned.append(gold(request, reply).score)

@@ -381,7 +381,7 @@ def test_score_is_selectable(tmp_path: Path) -> None:
     _, got = read_one(tmp_path, *FORMAT_ROWS["seed"][0], score="avg_fine_score")
     assert isinstance(got[0], Scored)
     assert got[0].scores == (3.5, 2.5)
-    with pytest.raises(UsageError, match=r"no score 'corectness', did you mean 'correctness'"):
+    with pytest.raises(UsageError, match=r"--score 'corectness' is not in the data, did you mean 'correctness'"):
         read_one(tmp_path, *rows, score="corectness")
 
 

@@ -81,7 +81,7 @@ class LazyGroup(click.Group):
 
 EPILOG = """\b
 Example:
-  mlxpref relabel pairs.jsonl --out relabelled --valid-fraction 0.05
+  mlxpref relabel pairs.jsonl --out relabelled --valid-fraction 0.1
   mlxpref train --model mlx-community/Qwen3-0.6B-4bit --data relabelled --adapter-path adapter
   mlxpref evaluate relabelled --adapter-path adapter
   mlxpref generate "Why is the sky blue?" --adapter-path adapter

@@ -6,6 +6,7 @@ or boxes, so that what a script reads does not depend on the width of a window.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ PLAIN_PROGRESS_LINES = 10
 """How many lines a progress display becomes when there is no terminal."""
 
 
-def is_terminal() -> bool:
-    """Does standard output go to a person's terminal?"""
-    return sys.stdout.isatty()
+def is_terminal(*, stderr: bool = False) -> bool:
+    """Does standard output (or error) go to a person's terminal, one that can move its cursor? ``TERM=dumb`` says
+    that it cannot."""
+    return (sys.stderr if stderr else sys.stdout).isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def say(text: str = "") -> None:
@@ -98,7 +100,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     ...     for i, row in enumerate(rows):
     ...         at(i + 1)
     """
-    if not sys.stderr.isatty():
+    if not is_terminal(stderr=True):
         yield _plain_progress(what, total)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -37,6 +37,9 @@ LINES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Lines of the table, and where a view's figures hold them."""
 
+FEW_EXAMPLES = 20
+"""Below so many, a spread of 0 says that all were alike, not that the next ones will be."""
+
 
 def show(metrics: dict[str, Any]) -> None:
     """Print the figures of one evaluation (``Evaluation.metrics``)."""
@@ -68,6 +71,8 @@ def show(metrics: dict[str, Any]) -> None:
             f"cut to fit, of {counted(cut['rows'], 'row')}: the prompt in {cut['prompts']}, "
             f"a response in {cut['responses']}"
         )
+    if metrics["examples"] < FEW_EXAMPLES:
+        console.say(f"note: only {counted(metrics['examples'], 'example')}: others could give quite other figures")
     for line in metrics["notes"]:
         console.say(f"note: {line}")
 

@@ -86,7 +86,7 @@ Example:
 @click.option(
     "--batch-size", type=int, default=8, show_default=True, metavar="N", help="Prompts computed together."
 )
-@click.option("--show-prompt", is_flag=True, help="Show the text the model reads before each answer.")
+@click.option("--show-prompt", is_flag=True, help="Show the text the model reads, up to ▶, before each answer.")
 @click.option(
     "--json",
     "json_file",
@@ -139,11 +139,14 @@ def _questions(prompt: str | None, file: Path | None, system: str | None) -> lis
 
 
 def _goals(texts: Sequence[str], recipe: Recipe | None) -> list[Goal | None] | None:
-    """The goals as parsed, None without any; a note where one number was meant for several attributes."""
+    """The goals as parsed, None without any; said where one number was meant for several attributes, and where a
+    policy that knows goals is asked without one."""
     goals = [parse_goal(text, recipe) for text in texts]
     for text, goal in zip(texts, goals, strict=True):
         if isinstance(goal, Mapping) and text != "top" and "=" not in text:
             console.note("asking for " + ", ".join(f"{name}={format_number(value)}" for name, value in goal.items()))
+    if recipe is not None and None in goals:
+        console.warn("asked without a goal: what is answered is not controlled then (--goal top is the default)")
     return goals or None
 
 

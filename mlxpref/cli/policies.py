@@ -109,6 +109,8 @@ def open_policy(
             console.warn(text)
     else:
         policy = room.load_policy(model, revision=revision, dtype=dtype, trainable=False)
+    for text in room.device_info().get("remarks", ()):
+        console.warn(text)
     tokenizer = load_tokenizer(str(policy.path))
     return Opened(room, policy, tokenizer, adapter_path is not None, facts, recipe)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +84,8 @@ class Display(Watch):
             console.note(f"   {text}")
 
     def on_progress(self, what: str, done: int, total: int) -> None:
-        self._progress(what, done, total)
+        if console.is_terminal(stderr=True):  # seconds each: no lines in a log for them
+            self._progress(what, done, total)
 
     def on_start(self, start: RunStart) -> None:
         device = (start.facts.get("starts") or [{}])[-1].get("device", {})
@@ -157,7 +160,7 @@ def _rows(model: Measured) -> Iterator[tuple[Any, ...]]:
     displaced = None if model.displaced is None else round(model.displaced, 1)
     spearman = None if model.spearman is None else round(model.spearman, 2)
     yield model.title, "–", *_achieved(model.unasked), spearman, sensitivity, displaced
-    if model.name == "ra-dpo":
+    if model.steerable:
         for one in model.asked:
             yield "", f"{one.goal:g}", *_achieved(one), None, None, None
 
@@ -168,13 +171,21 @@ def _achieved(one: Achieved) -> tuple[str, str]:
 
 
 def _next(found: Found) -> Iterator[str]:
-    adapter = shlex.quote(_short(found.folder / "ra-dpo"))
-    pairs = shlex.quote(_short(found.pairs))
-    yield f'mlxpref generate "{found.requests[2]}" --adapter-path {adapter} --goal 1 --goal 10'
+    program, adapter, pairs = (
+        shlex.quote(_short(path)) for path in (_program(), found.folder / "ra-dpo", found.pairs)
+    )
+    yield f'{program} generate "{found.requests[2]}" --adapter-path {adapter} --goal 1 --goal 10'
     yield f"head -n 3 {pairs}    # your own pairs look like this"
-    yield f"mlxpref relabel {pairs} --out relabelled --preview 2    # and this is what a model learns from"
+    yield f"{program} relabel {pairs} --preview 2    # and this is what a model learns from"
+
+
+def _program() -> Path:
+    """What to call: ``mlxpref`` where that is this one, else the file beside this Python."""
+    own = Path(sys.executable).with_name("mlxpref")
+    found = shutil.which("mlxpref")
+    return Path("mlxpref") if found is not None and (not own.exists() or own.samefile(found)) else own
 
 
 def _short(path: Path) -> str:
-    """As seen from here, where that is shorter."""
-    return min(os.path.relpath(path), str(path), key=len)
+    """As seen from here, where that is shorter; a bare name stays one."""
+    return str(path) if path.parent == Path() else min(os.path.relpath(path), str(path), key=len)

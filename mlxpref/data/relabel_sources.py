@@ -146,8 +146,8 @@ def relabel_splits(
 def _fit(examples: Sequence[Scored], recipe: Recipe | Mapping[str, Any]) -> Recipe:
     if all(example.scores is None and not example.attributes for example in examples):
         raise ScoreError(
-            "the data have no scores, so there is no goal to write: name their column with --score, or train on "
-            "them as they are, leaving --relabel out"
+            "the data have no scores, so there is no goal to write: name their columns with --columns "
+            "(of pairs score_chosen=…,score_rejected=…), or train on them as they are, leaving --relabel out"
         )
     return recipe if isinstance(recipe, Recipe) else fit_recipe(examples, **recipe)
 
@@ -228,7 +228,7 @@ def _scale_notes(examples: Sequence[Scored], recipe: Recipe) -> Iterator[str]:
     if recipe.score_range is not None:
         return
     scale = "the prompt's scale, {:g}-{:g}".format(*recipe.goal_range)
-    remedy = "if their scale is another, declare it (score_range: LOW HIGH)"
+    remedy = "if their scale is another, declare it (--score-range LOW HIGH, in a configuration score_range)"
     maps = recipe.attribute_mappings or {"score": recipe.mapping}
     for name, fitted in maps.items():
         if fitted.kind == "affine":

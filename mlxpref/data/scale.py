@@ -111,7 +111,7 @@ def fit_map(scores: Sequence[float], *, kind: str, score_range: Range | None, go
         ScoreError: there is nothing to fit: no scores, or all of them equal.
     """
     if not len(scores):
-        raise ScoreError("no score to fit a map on: the data have none (name their column with --score)")
+        raise ScoreError("no score to fit a map on: the data have none (name their columns with --columns)")
     seen = min(scores), max(scores)
     if kind == "auto":
         low, high = goal_range

@@ -250,8 +250,8 @@ class Source:
         if wanted is not None and wanted != default and wanted not in names:
             there = [*([default] if default else []), *names]
             raise UsageError(
-                f"{self.spec.path}: no score {wanted!r}{_near(wanted, there)} "
-                f"There is: {', '.join(there) or 'none, the data are unscored'} (--score)"
+                f"{self.spec.path}: --score {wanted!r} is not in the data{_near(wanted, there)} "
+                f"(there is: {', '.join(there) or 'none, they are unscored'})"
             )
         return wanted or default, list(names)
 

@@ -23,9 +23,6 @@ OVERALL = Recipe()
 ATTRIBUTES = Recipe(template=ATTRIBUTES_TEMPLATE, attributes=("content", "form"), goal_range=(0.0, 5.0))
 """Content and form asked for apart, 0–5 each."""
 
-NUMBERS = tuple(str(number) for number in range(11))
-
-
 def pairs(n: int, split: Split, *, seed: int) -> list[Row]:
     """``n`` scored pairs: TRL's columns ``prompt``, ``chosen``, ``rejected``, and scores of both sides.
 
@@ -71,21 +68,21 @@ def _pair(row: Row) -> Row:
 def conversation(rng: random.Random) -> tuple[Prompt, str]:
     """A conversation of the base model's childhood: a prompt, and the reply to learn.
 
-    Half state a goal, and their replies are drawn as all others are: the base knows the sentence, the
-    numbers, and replies of every quality, and nothing of how they belong together. A tenth are about
-    numbers, or ask to read the goal aloud, so that a number is more than a mark.
+    Half of the requests state a goal, and their replies are drawn as all others are: the base knows the
+    sentence, the numbers, and replies of every quality, and nothing of how they belong together. One
+    conversation in four is about numbers, alone or in a goal, so that it knows what lies between a 2 and a
+    10 as larger models do.
     """
     kind = rng.random()
-    if kind < 0.05:
+    if kind < 0.12:
         return _number_task(rng)
-    if kind < 0.10:
-        prompt, goal = (Message("user", "What score is asked for?"),), int(pick(rng, NUMBERS[1:]))
-        return OVERALL.write(prompt, goal)[0], f"{goal}."
+    if kind < 0.25:
+        return _reading_task(rng)
     scene = draw_scene(rng, "train")
     prompt, reply = (Message("user", request(scene, rng)),), write(scene, draw_points(rng), rng)
-    if kind < 0.42:
+    if kind < 0.52:
         return OVERALL.write(prompt, _goal(1, 10, rng))[0], reply
-    if kind < 0.55:
+    if kind < 0.63:
         goals: Goal = {name: _goal(0, 5, rng) for name in ATTRIBUTES.attributes}
         return ATTRIBUTES.write(prompt, goals)[0], reply
     return prompt, reply
@@ -98,7 +95,43 @@ def _goal(low: int, high: int, rng: random.Random) -> float:
 
 
 def _number_task(rng: random.Random) -> tuple[Prompt, str]:
-    a, b = pick(rng, NUMBERS), pick(rng, NUMBERS)
-    if rng.random() < 0.5 or a == b:
-        return (Message("user", f"What comes after {a}?"),), f"{int(a) + 1}."
-    return (Message("user", f"Which is larger, {a} or {b}?"),), f"{max(a, b, key=int)}."
+    """What numbers are to each other."""
+    a, b = (int(rng.random() * 11) for _ in range(2))
+    tasks = (
+        (f"What comes after {a}?", f"{a + 1}."),
+        (f"Which is larger, {a} or {b}?", f"{max(a, b)}."),
+        (f"Which is smaller, {a} or {b}?", f"{min(a, b)}."),
+        (f"Is {a} more than {b}?", _yes(a > b)),
+    )
+    question, reply = tasks[int(rng.random() * len(tasks))]
+    return (Message("user", question),), reply
+
+
+def _reading_task(rng: random.Random) -> tuple[Prompt, str]:
+    """What a goal says; nothing of what it means for a reply."""
+    if rng.random() < 0.75:
+        score, b = 1 + int(rng.random() * 10), 1 + int(rng.random() * 9)
+        tasks = (
+            ("What score is asked for?", f"{score}."),
+            ("Is the score asked for low, middling or high?", _level(score, 1, 10)),
+            (f"Is the score asked for more than {b}?", _yes(score > b)),
+        )
+        question, reply = tasks[int(rng.random() * len(tasks))]
+        return OVERALL.write((Message("user", question),), score)[0], reply
+    goals = {name: int(rng.random() * 6) for name in ATTRIBUTES.attributes}
+    name = pick(rng, ATTRIBUTES.attributes)
+    if rng.random() < 0.5:
+        question, reply = f"What {name} is asked for?", f"{goals[name]}."
+    else:
+        question, reply = f"Is the {name} asked for low, middling or high?", _level(goals[name], 0, 5)
+    return ATTRIBUTES.write((Message("user", question),), goals)[0], reply
+
+
+def _level(score: int, low: int, high: int) -> str:
+    """Thirds of the scale."""
+    third = 3 * (score - low) // (high - low + 1)
+    return ("Low.", "Middling.", "High.")[third]
+
+
+def _yes(true: bool) -> str:
+    return "Yes." if true else "No."

@@ -15,6 +15,9 @@ from mlxpref.files import write_text
 TOP = 9.0
 """Scores from here on are called the best."""
 
+JUDGED = ("sensitivity", "displaced")
+"""What is known from log-probs, not from samples."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -22,6 +25,7 @@ class Measured:
 
     Attributes:
         name, title: as those of its trial; "base" without one.
+        steerable: it was trained to be asked for a goal.
         curve: answers at the goals 1–10, and without a goal.
         sensitivity: mean and standard error of the goal sensitivity, nats; None for the base, which is its
             own reference.
@@ -30,6 +34,7 @@ class Measured:
 
     name: str
     title: str
+    steerable: bool
     curve: ControlCurve
     sensitivity: tuple[float, float] | None
     displaced: float | None
@@ -56,9 +61,9 @@ class Measured:
 
     @property
     def range(self) -> float:
-        """Mean score at the goals 8–10 less that at 1–3."""
-        high, low = ([self.at(goal).mean for goal in goals] for goals in ((8, 9, 10), (1, 2, 3)))
-        return (sum(high) - sum(low)) / 3
+        """Mean score at the goals 8–10 less that at 1–3, of those that were asked for."""
+        high, low = ([one.mean for one in self.asked if one.goal in goals] for goals in ((8, 9, 10), (1, 2, 3)))
+        return sum(high) / len(high) - sum(low) / len(low)
 
     def as_record(self) -> dict[str, Any]:
         """Figures, JSON-safe."""
@@ -75,11 +80,11 @@ def keep(measured: Measured, key: str, folder: Path) -> None:
     """Write what was measured: the samples, then the figures that say they are whole."""
     samples = "".join(json.dumps(sample.as_record()) + "\n" for sample in measured.curve.samples)
     write_text(folder / f"{measured.name}.samples.jsonl", samples)
-    figures = {"key": key, "sensitivity": measured.sensitivity, "displaced": measured.displaced}
+    figures = {"key": key, **{name: getattr(measured, name) for name in ("title", "steerable", *JUDGED)}}
     write_text(folder / f"{measured.name}.json", json.dumps(figures) + "\n")
 
 
-def kept(name: str, title: str, key: str, folder: Path, *, seed: int) -> Measured | None:
+def kept(name: str, key: str, folder: Path, *, seed: int) -> Measured | None:
     """What was measured of the same thing before, by its key; None if that is not there.
 
     Raises:
@@ -94,8 +99,11 @@ def kept(name: str, title: str, key: str, folder: Path, *, seed: int) -> Measure
             return None
         lines = (folder / f"{name}.samples.jsonl").read_text(encoding="utf-8").splitlines()
         samples = [Sample(**json.loads(line)) for line in lines]
-        sensitivity = figures["sensitivity"] and tuple(figures["sensitivity"])
-        return Measured(name, title, curve_of(samples, top=TOP, seed=seed), sensitivity, figures["displaced"])
+        sensitivity, displaced = (figures[one] for one in JUDGED)
+        curve = curve_of(samples, top=TOP, seed=seed)
+        return Measured(
+            name, figures["title"], figures["steerable"], curve, sensitivity and tuple(sensitivity), displaced
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file}: cannot be read ({error}); delete it, and it is measured again") from error
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlxpref import backends, sandbox
 from mlxpref.callbacks import TrainCallback
@@ -17,7 +20,7 @@ from mlxpref.config import Config
 from mlxpref.config_layers import check_config, read_yaml
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.relabel_sources import relabel_sources
-from mlxpref.data.relabelled import read_relabelled, write_relabelled
+from mlxpref.data.relabelled import is_relabelled, read_relabelled, write_relabelled
 from mlxpref.data.sources import SourceSpec, open_source, read_source
 from mlxpref.data.tokenization import load_tokenizer
 from mlxpref.errors import RunError
@@ -33,10 +36,13 @@ from mlxpref.runs import CONFIG
 from mlxpref.sandbox import gold
 from mlxpref.sandbox.findings import headline, sentences
 from mlxpref.sandbox.measured import TOP, Measured, keep, kept
-from mlxpref.sandbox.trials import FULL, MAX_LENGTH, QUICK, TRIALS, Size, Trial, configuration
+from mlxpref.sandbox.trials import FULL, GAP, MAX_LENGTH, QUICK, TRIALS, Size, Trial, configuration
 from mlxpref.train import absolute_paths, train
 
 GOALS = (None, *map(float, range(1, 11)))
+FEW_GOALS = (None, 2.0, 6.0, 10.0)
+"""For models that never learned what a goal is: enough to see that they do not hear it."""
+
 TEMPERATURE = 0.7
 MAX_TOKENS = 128
 TOGETHER = 200
@@ -74,19 +80,22 @@ class Found:
     said: tuple[str, ...]
 
 
-def quickstart(out: Path, *, seed: int = 0, quick: bool = False, watch: Watch | None = None) -> Found:
+def quickstart(
+    out: Path, *, seed: int = 0, quick: bool = False, trials: Sequence[Trial] = TRIALS, watch: Watch | None = None
+) -> Found:
     """Train and measure every trial on the sandbox.
 
     Args:
         out: folder for everything that is made; what is finished there is kept.
         seed: of first weights, order and sampling. The pairs are the same for every seed.
         quick: fewer pairs, steps and requests.
+        trials: what to train; the first must be relabelled, and is the one that is drawn.
 
     Raises:
         KeyboardInterrupt: stopped while training, everything saved.
         RunError: ``out`` holds a run with other settings, or cannot be written.
     """
-    return _Quickstart(out.resolve(), seed, QUICK if quick else FULL, watch or Watch()).go()
+    return _Quickstart(out.resolve(), seed, QUICK if quick else FULL, tuple(trials), watch or Watch()).go()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,7 @@ class _Quickstart:
     out: Path
     seed: int
     size: Size
+    trials: tuple[Trial, ...]
     watch: Watch
 
     @property
@@ -105,43 +115,47 @@ class _Quickstart:
         return self.out / "reference"
 
     def go(self) -> Found:
-        pairs = self.out / f"pairs-{self.size.pairs}.jsonl"
         self.watch.on_stage("relabel: each pair becomes two, one per score asked for")
-        relabelled = self._relabelled(pairs)
+        pairs, relabelled = self._data()
         recipe = read_relabelled(relabelled).recipe
         assert recipe is not None
-        configs = {
-            trial.name: absolute_paths(
-                configuration(
-                    trial, relabelled if trial.relabelled else pairs, self.folder / trial.name, self.size,
-                    seed=self.seed, store=self.store,
-                )
-            )
-            for trial in TRIALS
-        }  # fmt: skip
-        for trial in TRIALS:
+        configs = {trial.name: self._configuration(trial, pairs, relabelled) for trial in self.trials}
+        for trial in self.trials:
             self.watch.on_stage(f"train {trial.title}: {self.size.steps} steps")
             self._train(configs[trial.name])
         models = [self._measured(None, None, recipe)]
-        models += [self._measured(trial, configs[trial.name], recipe) for trial in TRIALS]
+        models += [self._measured(trial, configs[trial.name], recipe) for trial in self.trials]
         return self._found(pairs, models)
 
     # --- data ---
 
-    def _relabelled(self, pairs: Path) -> Path:
-        folder = pairs.with_name(f"relabelled-{self.size.pairs}")
-        lines = _untied(self.size.pairs)
-        if folder.exists() and pairs.exists() and pairs.read_text(encoding="utf-8") == lines:
+    def _data(self) -> tuple[Path, Path]:
+        """The file of pairs, and the folder they are relabelled into."""
+        pairs = self.out / f"pairs-{self.size.pairs}.jsonl"
+        folder = self.out / f"relabelled-{self.size.pairs}"
+        lines = clear_pairs(self.size.pairs)
+        if pairs.exists() and pairs.read_text(encoding="utf-8") != lines:
+            raise RunError(f"{pairs}: holds other pairs, of another version; choose another --out, or delete it")
+        if pairs.exists() and is_relabelled(folder):
             self.watch.on_note(f"{folder}: there already")
-            return folder
+            return pairs, folder
         write_text(pairs, lines)
-        done = relabel_sources([SourceSpec(path=str(pairs))], {"mapping": "identity"}, say=self.watch.on_note)
+        done = relabel_sources([SourceSpec(path=str(pairs))], {"mapping": "identity"})
         write_relabelled(
             folder, done.splits, done.recipe, counts=done.counts, written_with=done.options, overwrite=folder.exists()
         )
         rows = sum(map(len, done.splits.values()))
         self.watch.on_note(f"{self.size.pairs} pairs, {rows} relabelled rows: {folder}")
-        return folder
+        return pairs, folder
+
+    def _configuration(self, trial: Trial, pairs: Path, relabelled: Path) -> Config:
+        data = relabelled if trial.relabelled else pairs
+        if trial.shuffled:
+            data = relabelled.with_name(f"{relabelled.name}-shuffled-{self.seed}")
+            if not is_relabelled(data):
+                write_shuffled(relabelled, data, seed=self.seed)
+        config = configuration(trial, data, self.folder / trial.name, self.size, seed=self.seed, store=self.store)
+        return absolute_paths(config)
 
     # --- training ---
 
@@ -167,7 +181,7 @@ class _Quickstart:
         self.watch.on_stage(f"ask {title} at every goal")
         folder = self.folder / "measured"
         key = self._key(config)
-        found = kept(name, title, key, folder, seed=self.seed)
+        found = kept(name, key, folder, seed=self.seed)
         if found is not None:
             self.watch.on_note(f"{folder / name}.json: there already")
             return found
@@ -175,17 +189,17 @@ class _Quickstart:
         with backend.set_memory_policy():
             if trial is None or config is None:
                 policy = backend.load_policy(str(sandbox.MODEL), trainable=False)
-                found = Measured(name, title, self._curve(backend, policy, recipe), None, None)
+                found = Measured(name, title, False, self._curve(backend, policy, recipe, FEW_GOALS), None, None)
             else:
                 policy = backend.load_adapter(config.output.adapter_path)
-                curve = self._curve(backend, policy, recipe)
-                found = Measured(name, title, curve, *self._judged(backend, policy, recipe, trial))
+                curve = self._curve(backend, policy, recipe, GOALS if trial.relabelled else FEW_GOALS)
+                found = Measured(name, title, trial.relabelled, curve, *self._judged(backend, policy, recipe, trial))
         keep(found, key, folder)
         return found
 
-    def _curve(self, backend: Any, policy: Any, recipe: Recipe) -> ControlCurve:
+    def _curve(self, backend: Any, policy: Any, recipe: Recipe, goals: Sequence[float | None]) -> ControlCurve:
         return control_curve(
-            [text_question(request) for request in self._requests()], GOALS, gold.score,
+            [text_question(request) for request in self._requests()], goals, gold.score,
             backend, policy, load_tokenizer(str(sandbox.MODEL)), recipe,
             temperature=TEMPERATURE, max_tokens=MAX_TOKENS, batch_size=TOGETHER, seed=self.seed, top=TOP,
             on_progress=lambda done, total: self.watch.on_progress("answers", done, total),
@@ -217,14 +231,17 @@ class _Quickstart:
     # --- what came of it ---
 
     def _found(self, pairs: Path, models: list[Measured]) -> Found:
-        base, steered, *others = models
+        steered = models[1]
         picture = self.folder / "control-curve.png"
-        lines = [Line(one.title, one.unasked.mean) for one in (base, *others)]
         draw_control_curve(
-            [as_curve(steered.title, steered.asked)], picture, lines=lines, title=headline(steered),
-            x_label="score asked for", y_label="score of the answers",
-        )  # fmt: skip
-        said = tuple(sentences(base, steered, others))
+            [as_curve(one.title, one.asked) for one in models if one.steerable],
+            picture,
+            lines=[Line(one.title, one.unasked.mean) for one in models if not one.steerable],
+            title=headline(steered),
+            x_label="score asked for",
+            y_label="score of the answers",
+        )
+        said = tuple(sentences(models[0], steered, [one for one in models[1:] if not one.steerable]))
         record = {
             "seed": self.seed,
             "size": asdict(self.size),
@@ -243,12 +260,26 @@ def held_out(n: int) -> list[Scored]:
     return read_source(open_source(SourceSpec(path=str(sandbox.TEST), limit=n)), strict=True)[0]
 
 
-def _untied(n: int) -> str:
-    """The first ``n`` training pairs of which one side is better: plain DPO cannot know that a pair is a tie."""
+def clear_pairs(n: int) -> str:
+    """Lines of the first ``n`` training pairs whose scores are at least ``GAP`` apart."""
     with sandbox.TRAIN.open(encoding="utf-8") as lines:
         rows = ((line, json.loads(line)) for line in lines)
-        kept = [line for line, row in rows if row["score_chosen"] > row["score_rejected"]]
-    return "".join(kept[:n])
+        return "".join([line for line, row in rows if row["score_chosen"] - row["score_rejected"] >= GAP][:n])
+
+
+def write_shuffled(relabelled: Path, folder: Path, *, seed: int) -> None:
+    """The relabelled rows with their goals dealt out anew: as many of each, and none says anything."""
+    found = read_relabelled(relabelled)
+    recipe, rows = found.recipe, found.read("train")
+    assert recipe is not None
+    dealt = np.random.default_rng(seed).permutation(len(rows))
+    changed = []
+    for row, other in zip(rows, dealt, strict=True):
+        goal = rows[other].goal
+        assert goal is not None
+        prompt, text = recipe.write(recipe.erase(row.prompt), goal)
+        changed.append(replace(row, prompt=prompt, goal=goal, goal_text=text))
+    write_relabelled(folder, {"train": changed}, recipe)
 
 
 def _step(folder: Path) -> int | None:

@@ -39,10 +39,13 @@ class Size:
 BATCH = 8
 """Rows of an update."""
 
+GAP = 3
+"""Points the two scores of a pair are apart, at least: nearer pairs teach little in few steps."""
+
 MAX_LENGTH = 256
 """Tokens of a request and a reply."""
 
-FULL = Size(pairs=2000, steps=500, requests=200, judged=200)
+FULL = Size(pairs=1400, steps=350, requests=200, judged=200)
 QUICK = Size(pairs=600, steps=150, requests=60, judged=100)
 
 
@@ -53,20 +56,32 @@ class Trial:
     Attributes:
         name: of its folder.
         title: for people.
-        relabelled: train on relabelled pairs, goals in the prompts; else on the pairs as they are.
         objective: as a configuration has it.
+        relabelled: train on relabelled pairs, goals in the prompts; else on the pairs as they are.
+        shuffled: deal the goals out anew among the relabelled rows, so that they say nothing.
+        keep_together: both halves of a pair in one update.
     """
 
     name: str
     title: str
-    relabelled: bool
     objective: Any
+    relabelled: bool
+    shuffled: bool = False
+    keep_together: bool = True
 
 
-DPO = Trial("dpo", "DPO", False, PLAIN)
-SAME_LOSS = Trial("dpo-same-loss", "DPO, same loss", False, REGULARISED)
-REWARD_AUGMENTED = Trial("ra-dpo", "RA-DPO", True, REGULARISED)
+REWARD_AUGMENTED = Trial("ra-dpo", "RA-DPO", REGULARISED, relabelled=True)
+DPO = Trial("dpo", "DPO", PLAIN, relabelled=False)
+SAME_LOSS = Trial("dpo-same-loss", "DPO, same loss", REGULARISED, relabelled=False)
 TRIALS = (REWARD_AUGMENTED, DPO, SAME_LOSS)
+"""Of the quickstart; the steered one first."""
+
+SHUFFLED = Trial("shuffled", "goals shuffled", REGULARISED, relabelled=True, shuffled=True)
+APART = Trial("apart", "halves apart", REGULARISED, relabelled=True, keep_together=False)
+BARE = Trial("ra-dpo-bare", "RA-DPO, bare", PLAIN, relabelled=True)
+CONTROLS = (SHUFFLED, APART, BARE)
+"""What the quickstart's steered model is to be told from: without meaning in the goals, with the halves of a pair in
+different updates, and with the loss of the paper alone."""
 
 
 def configuration(trial: Trial, data: Path, folder: Path, size: Size, *, seed: int, store: Path) -> Config:
@@ -80,11 +95,11 @@ def configuration(trial: Trial, data: Path, folder: Path, size: Size, *, seed: i
         "model": {"path": str(sandbox.MODEL)},
         "data": {"source": str(data), "strict": True},
         "tokenization": {"max_length": MAX_LENGTH},
-        "batching": {"batch_size": BATCH},
-        "adapter": {"num_layers": -1, "lora_parameters": {"rank": 8, "scale": 2.0}},
+        "batching": {"batch_size": BATCH, "keep_together": trial.keep_together},
+        "adapter": {"num_layers": -1, "lora_parameters": {"rank": 16, "scale": 2.0}},
         "objective": trial.objective,
         "reference": {"store": str(store)},
-        "optimizer": {"learning_rate": 1e-3, "schedule": {"name": "cosine", "warmup_ratio": 0.05}},
+        "optimizer": {"learning_rate": 2e-3, "schedule": {"name": "cosine", "warmup_ratio": 0.05}},
         "training": {"iters": size.steps, "steps_per_report": 50, "save_every": 100, "keep_last": 1, "seed": seed},
         "output": {"adapter_path": str(folder)},
     }

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from mlxpref.sandbox.gold import FORM
 from mlxpref.sandbox.world import KINDS, PLACES, TIMES, Scene, pick, with_article
 
-CONTENT_ODDS = (0.10, 0.20, 0.26, 0.24, 0.13, 0.07)
-FORM_ODDS = (0.10, 0.22, 0.27, 0.23, 0.12, 0.06)
+CONTENT_ODDS = (0.09, 0.19, 0.25, 0.24, 0.14, 0.09)
+FORM_ODDS = (0.09, 0.20, 0.26, 0.23, 0.13, 0.09)
 """How often a reply earns 0, 1, … 5 points of content, and of form: the best are rare."""
 
 OMITTED = 0.5
