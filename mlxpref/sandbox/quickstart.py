@@ -40,7 +40,7 @@ from mlxpref.sandbox.trials import FULL, GAP, MAX_LENGTH, QUICK, TRIALS, Size, T
 from mlxpref.train import absolute_paths, train
 
 GOALS = (None, *map(float, range(1, 11)))
-FEW_GOALS = (None, 2.0, 6.0, 10.0)
+FEW_GOALS = (None, 2.0, 10.0)
 """For models that never learned what a goal is: enough to see that they do not hear it."""
 
 TEMPERATURE = 0.7

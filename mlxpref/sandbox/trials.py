@@ -45,8 +45,8 @@ GAP = 3
 MAX_LENGTH = 256
 """Tokens of a request and a reply."""
 
-FULL = Size(pairs=1400, steps=350, requests=200, judged=200)
-QUICK = Size(pairs=600, steps=150, requests=60, judged=100)
+FULL = Size(pairs=1400, steps=350, requests=200, judged=120)
+QUICK = Size(pairs=600, steps=150, requests=60, judged=60)
 
 
 @dataclass(frozen=True, slots=True)
