@@ -21,7 +21,8 @@ FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
 EXPECTED = {
-    "cpu-small", "dpo-baseline", "qlora-8b-64gb", "qwen3-0.6b-ultrafeedback", "seed-qwen2-7b", "simpo-baseline"
+    "cpu-small", "dpo-baseline", "qlora-8b-64gb", "qwen3-0.6b-ultrafeedback", "sandbox", "seed-qwen2-7b",
+    "simpo-baseline",
 }  # fmt: skip
 
 

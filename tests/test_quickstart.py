@@ -12,11 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
-from mlxpref import sandbox
+from mlxpref import cli, sandbox
+from mlxpref.cli import console
+from mlxpref.config_layers import load_config
 from mlxpref.errors import RunError
 from mlxpref.evaluate.control import Sample, curve_of
 from mlxpref.sandbox import findings, quickstart, trials
@@ -79,6 +83,15 @@ def test_trials_differ_in_data_objective_and_folder_alone(tmp_path: Path) -> Non
     assert made[0] == made[1] == made[2]
     assert made[0]["training"]["seed"] == 3
     assert {trial.name for trial in trials.TRIALS if trial.relabelled} == {"ra-dpo"}
+
+
+def test_the_config_to_play_with_is_the_steered_trial(tmp_path: Path) -> None:
+    trial = trials.configuration(trials.REWARD_AUGMENTED, tmp_path, tmp_path, trials.FULL, seed=0, store=tmp_path)
+    config = load_config(Path(__file__).parents[1] / "configs" / "sandbox.yaml")
+    for section in ("tokenization", "batching", "adapter", "objective", "optimizer"):
+        assert getattr(config, section) == getattr(trial, section), section
+    assert config.training.iters == trials.FULL.steps
+    assert config.relabel is not None and config.relabel.min_gap == trials.GAP
 
 
 @pytest.mark.parametrize("size", [trials.FULL, trials.QUICK], ids=["full", "quick"])
@@ -158,3 +171,70 @@ def _wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 300) 
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"{file} never came"
         time.sleep(0.1)
+
+
+@pytest.mark.mlx
+@pytest.mark.slow
+def test_the_method_works_and_the_control_does_not(tmp_path: Path) -> None:
+    """What the sandbox is for, at full size on a seed of its own: the goal steers; goals dealt out anew do not."""
+    found = quickstart.quickstart(tmp_path, seed=11, trials=(trials.REWARD_AUGMENTED, trials.SHUFFLED))
+    base, steered, shuffled = found.models
+    assert steered.range >= 4.5
+    assert steered.spearman is not None and steered.spearman >= 0.75
+    assert steered.at(10).mean >= base.unasked.mean + 2
+    assert steered.sensitivity is not None and steered.sensitivity[0] > 4
+    assert shuffled.spearman is not None and abs(shuffled.spearman) < 0.2
+    assert shuffled.sensitivity is not None and abs(shuffled.sensitivity[0]) < 1
+
+
+def test_shuffled_goals_are_the_same_goals_in_other_places(tmp_path: Path) -> None:
+    """As many of each, every prompt still with one; the responses where they were."""
+    from mlxpref.data.relabel_sources import relabel_sources
+    from mlxpref.data.relabelled import read_relabelled, write_relabelled
+    from mlxpref.data.sources import SourceSpec
+
+    (tmp_path / "pairs.jsonl").write_text(quickstart.clear_pairs(100))
+    done = relabel_sources([SourceSpec(path=str(tmp_path / "pairs.jsonl"))], {"mapping": "identity"})
+    write_relabelled(tmp_path / "in_order", done.splits, done.recipe)
+    quickstart.write_shuffled(tmp_path / "in_order", tmp_path / "shuffled", seed=0)
+    before, after = (read_relabelled(tmp_path / name).read("train") for name in ("in_order", "shuffled"))
+    assert sorted(row.goal for row in before) == sorted(row.goal for row in after)
+    assert [row.responses for row in before] == [row.responses for row in after]
+    moved = sum(one.goal != two.goal for one, two in zip(before, after, strict=True))
+    assert moved > 100
+    for row in after:
+        assert row.goal_text == done.recipe.goal_text(row.goal)
+        assert row.prompt[0].content == row.goal_text
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs the command on models that are there already."""
+    dpo = measured("dpo", "DPO", {None: 8.0})
+    requests = tuple(f"Request {index}" for index in range(20))
+    picture = tmp_path / "a folder" / "control-curve.png"
+    pairs, models = tmp_path / "pairs.jsonl", (BASE, STEERED, dpo)
+    found = quickstart.Found(picture.parent, pairs, models, requests, picture, ("It is.",))
+    monkeypatch.setattr("mlxpref.cli.quickstart.quickstart", lambda out, **options: found)
+    return lambda *words, **more: CliRunner().invoke(cli.main, ["quickstart", *words], **more)
+
+
+def test_the_command_shows_texts_table_findings_and_what_is_next(shown: Callable[..., Result]) -> None:
+    said = shown().output
+    for words in ("> Request 0", "base (5): base None 0", "asked for 10 (10): RA-DPO 10.0 0", "- It is.", "Next:"):
+        assert words in said
+    rows = [line.split() for line in said.partition("What was achieved")[2].splitlines()]
+    assert [row[0] for row in rows if row and row[0].isdigit()] == [str(goal) for goal in range(1, 11)]
+    assert "'" in said.partition("Next:")[2].splitlines()[1], "a folder with a space is quoted"
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert console.is_terminal() and console.is_terminal(stderr=True)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not console.is_terminal() and not console.is_terminal(stderr=True)
