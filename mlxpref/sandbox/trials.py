@@ -12,7 +12,7 @@ from mlxpref import sandbox
 from mlxpref.config import Config
 from mlxpref.config_layers import check_config
 
-BETA = 0.3
+BETA = 0.1
 PLAIN: Any = {"name": "dpo", "beta": BETA}
 REGULARISED: Any = [{"name": "dpo", "beta": BETA, "label_smoothing": 0.1}, {"name": "sft", "weight": 1.0}]
 """DPO with smoothed labels and a likelihood term on the preferred response. The paper's recipe has neither;
@@ -99,7 +99,7 @@ def configuration(trial: Trial, data: Path, folder: Path, size: Size, *, seed: i
         "adapter": {"num_layers": -1, "lora_parameters": {"rank": 16, "scale": 2.0}},
         "objective": trial.objective,
         "reference": {"store": str(store)},
-        "optimizer": {"learning_rate": 2e-3, "schedule": {"name": "cosine", "warmup_ratio": 0.05}},
+        "optimizer": {"learning_rate": 3e-3, "schedule": {"name": "cosine", "warmup_ratio": 0.05}},
         "training": {"iters": size.steps, "steps_per_report": 50, "save_every": 100, "keep_last": 1, "seed": seed},
         "output": {"adapter_path": str(folder)},
     }
