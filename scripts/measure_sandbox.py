@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--no-controls", action="store_true", help="what the quickstart trains, and no more")
     options = parser.parse_args()
     failed = 0
-    print("seed model            no goal    1-3   8-10  at 10 spearman  sens. good rej.")
+    print("seed model            no goal    1-3   8-10  at 10 spearman  sens. good los.")
     for seed in options.seeds:
         began = time.perf_counter()
         trials = TRIALS if options.no_controls else (*TRIALS, *CONTROLS)
@@ -41,11 +41,13 @@ def main() -> None:
 
 def line(one: Measured) -> str:
     low, high = ([at.mean for at in one.asked if at.goal in goals] for goals in ((1, 2, 3), (8, 9, 10)))
+    asked = [sum(low) / len(low), sum(high) / len(high), one.at(10).mean] if one.steerable else []
+    figures = [f"{value:>7.2f}" for value in asked] or ["      -"] * 3
     sensitivity = "-" if one.sensitivity is None else f"{one.sensitivity[0]:.2f}"
-    displaced = "-" if one.displaced is None else f"{one.displaced:.1f}"
+    displaced = "-" if one.displaced is None else f"{one.displaced[0]:.1f}"
     return (
-        f"{one.title:<16}{one.unasked.mean:>8.2f}{sum(low) / len(low):>7.2f}{sum(high) / len(high):>7.2f}"
-        f"{one.at(10).mean:>7.2f}{one.spearman or 0:>9.2f}{sensitivity:>7}{displaced:>10}"
+        f"{one.title:<16}{one.unasked.mean:>8.2f}{''.join(figures)}{one.spearman or 0:>9.2f}"
+        f"{sensitivity:>7}{displaced:>10}"
     )
 
 
@@ -64,4 +66,7 @@ def tolerances(models: dict[str, Measured]) -> Iterator[tuple[str, bool]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

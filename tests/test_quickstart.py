@@ -34,9 +34,9 @@ def measured(name: str, title: str, score_at: dict[float | None, float], *, spre
         for goal in quickstart.GOALS
         for index in range(20)
     ]
-    sensitivity, displaced = (None, None) if name == "base" else ((5.0, 0.2), -3.25)
+    judged = {} if name == "base" else {"sensitivity": (5.0, 0.2), "displaced": (-3.25, 28)}
     curve = curve_of(samples, top=TOP, resamples=50)
-    return Measured(name, title, name.startswith("ra"), curve, sensitivity, displaced)
+    return Measured(name, title, name.startswith("ra"), curve, **judged)
 
 
 STEERED = measured("ra-dpo", "RA-DPO", {None: 5.0, **{float(goal): float(goal) for goal in range(1, 11)}})
@@ -66,7 +66,7 @@ def test_what_does_not_flatter_is_said_as_plainly() -> None:
 def test_a_difference_within_the_error_is_none() -> None:
     near = measured("dpo", "DPO", {None: 5.1}, spread=2.0)
     said = " ".join(findings.sentences(BASE, measured("ra-dpo", "RA-DPO", {None: 5.0}, spread=2.0), [near]))
-    assert "RA-DPO asked for 10 and DPO score alike: 5.00 and 5.10 (intervals overlap)" in said
+    assert "RA-DPO asked for 10 and DPO cannot be told apart here: 5.00 and 5.10." in said
 
 
 # --- what is trained ---------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_what_was_measured_comes_back_as_it_was(tmp_path: Path) -> None:
     again = kept("ra-dpo", "key", tmp_path, seed=0)
     assert again is not None and again.steerable
     assert again.curve.samples == STEERED.curve.samples
-    assert (again.sensitivity, again.displaced) == ((5.0, 0.2), -3.25)
+    assert (again.sensitivity, again.displaced) == ((5.0, 0.2), (-3.25, 28))
     assert [one.mean for one in again.asked] == [one.mean for one in STEERED.asked]
     assert kept("ra-dpo", "another key", tmp_path, seed=0) is None
     assert kept("dpo", "key", tmp_path, seed=0) is None

@@ -18,7 +18,7 @@ import pytest
 
 from mlxpref import sandbox
 from mlxpref.records import Message
-from mlxpref.sandbox import examples, world, writing
+from mlxpref.sandbox import examples, language, world, writing
 from mlxpref.sandbox import gold as gold_scores
 from mlxpref.sandbox.gold import FORM, gold
 from mlxpref.sandbox.world import KINDS, Scene
@@ -37,17 +37,23 @@ JUDGED = [
     ("Foxes ran.", set()),  # other words are other words
     ("A red fox and a red hen were running.", {"colour", "action"}),  # two animals: which is meant?
     ("At dawn, a red fox was running near the river.", FACTS),
-    ("RED FOX! Running! River! Dawn!", FACTS | {"length", "variety"}),
     ("A red fox was running near the river at dawn because it was hungry.", FACTS | {"reason"}),
     ("A red fox was running because.", {"colour", "animal", "action"}),  # no reason is given
     ("It was quiet. It was quiet.", set()),
     ("It was quiet. That was all.", {"variety"}),
-    ("It was quiet. it was quiet! That was all.", {"length"}),
-    ("One. Two. Three. Four. Five.", {"length", "variety"}),
-    ("One. Two. Three. Four. Five. Six.", {"variety"}),
+    ("It was quiet. It was quiet. That was all.", {"length"}),
+    ("It was quiet. That was all. It was small. Time went by. It did not mind.", {"length", "variety"}),
+    ("It was quiet. That was all. It was small. Time went by. It did not mind. It seemed calm.", {"variety"}),
     ("The air smelled of rain.", {"detail"}),
     ("I hope you like it!", {"close"}),
     ("I hope you like it! That was all.", {"variety"}),  # a close closes
+    # words that are rewarded, strung together: the facts are there, sentences are not
+    ("Hope a. Hope b. Hope because a b felt red fox running river dawn.", FACTS),
+    ("RED FOX! Running! River! Dawn!", FACTS),
+    ("A red fox was running near the river at dawn tired. It was quiet. I hope you like it!", FACTS),
+    ("A red fox was running near the river at dawn. It was quiet. I hope you", FACTS),  # cut off
+    ("An red fox was running near the river at dawn. It was quiet.", FACTS),
+    ("it was quiet. that was all.", set()),
     (
         "A red fox was running near the river at dawn. The air smelled of rain. This was because it was hungry. "
         "I hope you like it!",
@@ -94,7 +100,7 @@ def test_no_word_of_a_fact_has_another_meaning() -> None:
     """A colour in a filler would give a point away, or take one."""
     every = [word for words in KINDS.values() for word in words]
     assert len(every) == len(set(every))
-    phrases = [*writing.DETAILS, *writing.REASONS, *writing.CLOSES, *writing.FILLERS]
+    phrases = [*language.DETAILS, *language.REASONS, *language.CLOSES, *language.FILLERS]
     assert not {phrase for phrase in phrases for kind in KINDS if world.stated(phrase, kind)}
     for place in world.PLACES.values():
         assert not world.stated(place, "time")

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 SHOWN_GOALS = (2.0, 6.0, 10.0)
 SHOWN_REQUESTS = (0, 1)
 
+LEGEND = """
+score        mean gold score of the answers, ± half of its 95 % interval; another training seed moves it, too
+Spearman     rank correlation of goal and score over single answers: 1 obeys, 0 does not hear
+sensitivity  how far the goal turns a pair's log-probs round, nats, ± its standard error
+good losers  change of log-prob, nats a reply, of good replies that lose their pair: below 0 they are unlearnt
+RA-DPO       reward-augmented DPO, here with label smoothing and a likelihood term, which the paper's recipe has
+             not; "DPO, same loss" has both, too
+"""
+
 EPILOG = """\b
 Example:
   mlxpref quickstart
@@ -125,15 +134,11 @@ def show(found: Found) -> None:
     _show_texts(found)
     console.say()
     console.table(
-        ("model", "asked for", "score", f"{TOP:g} or more", "Spearman", "sensitivity", "good rejected"),
+        ("model", "asked for", "score", f"{TOP:g} or more", "Spearman", "sensitivity", "good losers"),
         [row for model in found.models for row in _rows(model)],
-        title="What was achieved (score: mean gold score of held-out answers)",
+        title="What was achieved on held-out requests",
     )
-    console.say(
-        "Spearman: of goal and score over single answers. Sensitivity: of log-probs to the goal, nats. Good rejected:\n"
-        "change of log-prob of good answers that were rejected, nats an answer. RA-DPO here has label smoothing and a\n"
-        "likelihood term, which the paper's recipe has not; 'DPO, same loss' has both, too."
-    )
+    console.say(LEGEND)
     console.say("\nFound:")
     for sentence in found.said:
         console.say(f"- {sentence}")
@@ -156,8 +161,8 @@ def _show_texts(found: Found) -> None:
 
 def _rows(model: Measured) -> Iterator[tuple[Any, ...]]:
     """The model's own figures beside its answers without a goal; for a steered one a row for each goal."""
-    sensitivity = None if model.sensitivity is None else round(model.sensitivity[0], 2)
-    displaced = None if model.displaced is None else round(model.displaced, 1)
+    sensitivity = None if model.sensitivity is None else "{:.1f} ± {:.1f}".format(*model.sensitivity)
+    displaced = None if model.displaced is None else round(model.displaced[0], 1)
     spearman = None if model.spearman is None else round(model.spearman, 2)
     yield model.title, "–", *_achieved(model.unasked), spearman, sensitivity, displaced
     if model.steerable:

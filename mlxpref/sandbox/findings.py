@@ -43,7 +43,7 @@ def _obedience(steered: Measured) -> str:
 def _compared(name: str, one: Achieved, other_name: str, other: Achieved) -> str:
     difference = one.mean - other.mean
     if not _apart(one, other):
-        return f"{name} and {other_name} score alike: {one.mean:.2f} and {other.mean:.2f} (intervals overlap)."
+        return f"{name} and {other_name} cannot be told apart here: {one.mean:.2f} and {other.mean:.2f}."
     word = "better" if difference > 0 else "worse"
     return f"{name} scores {word} than {other_name}: {one.mean:.2f} against {other.mean:.2f} ({difference:+.2f})."
 
@@ -55,15 +55,21 @@ def _apart(one: Achieved, other: Achieved) -> bool:
 
 
 def _distance(steered: Measured) -> str:
-    """How literally a goal is met."""
-    misses = [abs(one.mean - float(one.goal)) for one in steered.asked if isinstance(one.goal, float)]
-    worst = max(range(len(misses)), key=misses.__getitem__)
-    return (
-        f"Its answers are {sum(misses) / len(misses):.1f} points from the goal on average over goals; furthest "
-        f"({misses[worst]:.1f}) at goal {steered.asked[worst].goal:g}."
+    """How literally a goal is met, and where the answers are best."""
+    misses = {one.goal: abs(one.mean - one.goal) for one in steered.asked if isinstance(one.goal, float)}
+    worst = max(misses, key=misses.__getitem__)
+    best = max(steered.asked, key=lambda one: one.mean)
+    said = (
+        f"Its answers are {sum(misses.values()) / len(misses):.1f} points from the goal on average over goals; "
+        f"furthest ({misses[worst]:.1f}) at goal {worst:g}."
     )
+    if best.goal != 10:
+        said += f" They score best asked for {best.goal:g} ({best.mean:.2f}), not for 10 ({steered.at(10).mean:.2f})."
+    return said
 
 
 def _displacement(models: Sequence[Measured]) -> str:
-    changes = ", ".join(f"{one.title} {one.displaced:+.1f}" for one in models if one.displaced is not None)
-    return f"Good answers that were 'rejected' changed in log-prob (nats an answer) by: {changes}."
+    known = [(one.title, *one.displaced) for one in models if one.displaced is not None]
+    changes = ", ".join(f"{title} {change:+.1f}" for title, change, _ in known)
+    n = known[0][2] if known else 0
+    return f"Good replies that lose their pair ({n} held-out ones) changed in log-prob, nats a reply: {changes}."

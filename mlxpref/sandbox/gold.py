@@ -1,8 +1,9 @@
 """The gold score: ten things a good reply does, a point each, read from its text.
 
-Five are content: the facts of the request. Five are form: how the reply is made. A reply scores as many
-points as it earns, and 1 if it earns none, so the scale is 1–10. Nothing but the words is looked at: it
-does not matter who wrote them.
+Five are content: the facts of the request. Five are form: how the reply is made; a text that is not made of
+whole sentences has no form to speak of, and earns none of them. A reply scores as many points as it earns,
+and 1 if it earns none, so the scale is 1–10. Nothing but the words is looked at: it does not matter who
+wrote them.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxpref.records import Prompt
+from mlxpref.sandbox.language import sentences
 from mlxpref.sandbox.world import KINDS, read_scene, stated
 
 SENTENCES = (3, 5)
 """Sentences of a reply of the right length, both ends included: shorter is curt, longer rambles."""
 
 SENSES = frozenset({"smelled", "sounded", "tasted", "felt", "glowed", "heard"})
-CLOSES = frozenset({"hope", "thank", "thanks", "enjoy"})
+CLOSING = frozenset({"hope", "thank", "thanks", "enjoy"})
 
 FORM = {
     "length": "three to five sentences",
@@ -27,8 +29,8 @@ FORM = {
     "variety": "at least two sentences, and none of them twice",
     "close": "ends on a friendly sentence: a hope, thanks, a wish to enjoy it",
 }
-"""Point of form -> what earns it. The points of content are the kinds of facts, ``world.KINDS``: a fact
-earns its point if the reply states the word of the request and no other word of that kind."""
+"""Point of form -> what earns it, in whole sentences. The points of content are the kinds of facts,
+``world.KINDS``: a fact earns its point if the reply states the word of the request and no other of that kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +70,19 @@ def gold(prompt: str, response: str) -> Gold:
 
 
 def form_points(response: str) -> set[str]:
-    """Points of form; an empty reply earns none."""
-    sentences = split_sentences(response)
-    words = [re.findall(r"[a-z]+", sentence.lower()) for sentence in sentences]
+    """Points of form; none where a sentence is none of the world's language, or cut off."""
+    found = sentences(response)
+    if found is None:
+        return set()
+    words = [set(re.findall(r"[a-z]+", sentence.lower())) for sentence in found]
     earned = {
-        "length": SENTENCES[0] <= len(sentences) <= SENTENCES[1],
-        "detail": any(SENSES & set(sentence) for sentence in words),
-        "reason": any("because" in sentence[1:-2] for sentence in words),
-        "variety": 2 <= len(sentences) == len({tuple(sentence) for sentence in words}),
-        "close": bool(words) and bool(CLOSES & set(words[-1])),
+        "length": SENTENCES[0] <= len(found) <= SENTENCES[1],
+        "detail": any(SENSES & sentence for sentence in words),
+        "reason": any("because" in sentence for sentence in words),
+        "variety": 2 <= len(found) == len(set(found)),
+        "close": bool(CLOSING & words[-1]),
     }
     return {name for name, earns in earned.items() if earns}
-
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences that hold a word; a rest without a full stop is one, too."""
-    return [part for part in re.split(r"[.!?]", text) if re.search(r"[A-Za-z]", part)]
 
 
 def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,15 +30,16 @@ class Measured:
         curve: answers at the goals 1–10, and without a goal.
         sensitivity: mean and standard error of the goal sensitivity, nats; None for the base, which is its
             own reference.
-        displaced: mean change of log-prob of good responses that were rejected, nats a response; likewise.
+        displaced: mean change of log-prob of good replies that lose their pair, nats a reply, and how many there
+            are; likewise.
     """
 
     name: str
     title: str
     steerable: bool
     curve: ControlCurve
-    sensitivity: tuple[float, float] | None
-    displaced: float | None
+    sensitivity: tuple[float, float] | None = None
+    displaced: tuple[float, int] | None = None
 
     @property
     def asked(self) -> tuple[Achieved, ...]:
@@ -50,6 +52,7 @@ class Measured:
         return next(one for one in self.curve.per_goal if one.goal is None)
 
     def at(self, goal: float) -> Achieved:
+        """At a goal that was asked for. StopIteration at another."""
         return next(one for one in self.asked if one.goal == goal)
 
     @property
@@ -70,7 +73,7 @@ class Measured:
         return {
             "title": self.title,
             "goal_sensitivity": None if self.sensitivity is None else list(self.sensitivity),
-            "high_score_rejected_change": self.displaced,
+            "high_score_rejected_change": None if self.displaced is None else list(self.displaced),
             "range": self.range,
             **self.curve.as_record(),
         }
@@ -80,7 +83,8 @@ def keep(measured: Measured, key: str, folder: Path) -> None:
     """Write what was measured: the samples, then the figures that say they are whole."""
     samples = "".join(json.dumps(sample.as_record()) + "\n" for sample in measured.curve.samples)
     write_text(folder / f"{measured.name}.samples.jsonl", samples)
-    figures = {"key": key, **{name: getattr(measured, name) for name in ("title", "steerable", *JUDGED)}}
+    told = {name: getattr(measured, name) for name in ("title", "steerable", *JUDGED)}
+    figures = {"key": key, "samples": _digest(samples), **told}
     write_text(folder / f"{measured.name}.json", json.dumps(figures) + "\n")
 
 
@@ -97,15 +101,19 @@ def kept(name: str, key: str, folder: Path, *, seed: int) -> Measured | None:
         figures = json.loads(file.read_text(encoding="utf-8"))
         if figures["key"] != key:
             return None
-        lines = (folder / f"{name}.samples.jsonl").read_text(encoding="utf-8").splitlines()
-        samples = [Sample(**json.loads(line)) for line in lines]
-        sensitivity, displaced = (figures[one] for one in JUDGED)
+        text = (folder / f"{name}.samples.jsonl").read_text(encoding="utf-8")
+        if _digest(text) != figures["samples"]:
+            raise ValueError("its samples are of another measurement")
+        samples = [Sample(**json.loads(line)) for line in text.splitlines()]
+        judged = {one: figures[one] and tuple(figures[one]) for one in JUDGED}
         curve = curve_of(samples, top=TOP, seed=seed)
-        return Measured(
-            name, figures["title"], figures["steerable"], curve, sensitivity and tuple(sensitivity), displaced
-        )
+        return Measured(name, figures["title"], figures["steerable"], curve, **judged)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file}: cannot be read ({error}); delete it, and it is measured again") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def texts(measured: Measured, goals: Sequence[float | None], index: int) -> list[Sample]:

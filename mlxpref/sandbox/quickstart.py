@@ -33,7 +33,7 @@ from mlxpref.records import Scored
 from mlxpref.reference import ReferenceStore
 from mlxpref.report import Line, draw_control_curve
 from mlxpref.runs import CONFIG
-from mlxpref.sandbox import gold
+from mlxpref.sandbox import gold, language, world
 from mlxpref.sandbox.findings import headline, sentences
 from mlxpref.sandbox.measured import TOP, Measured, keep, kept
 from mlxpref.sandbox.trials import FULL, GAP, MAX_LENGTH, QUICK, TRIALS, Size, Trial, configuration
@@ -49,7 +49,7 @@ TOGETHER = 200
 """Requests answered side by side."""
 
 HIGH = 6.0
-"""A rejected response that scores at least this was a good one."""
+"""A reply that scores at least this is a good one, also where it loses its pair."""
 
 
 class Watch(TrainCallback):
@@ -131,11 +131,10 @@ class _Quickstart:
 
     def _data(self) -> tuple[Path, Path]:
         """The file of pairs, and the folder they are relabelled into."""
-        pairs = self.out / f"pairs-{self.size.pairs}.jsonl"
-        folder = self.out / f"relabelled-{self.size.pairs}"
         lines = clear_pairs(self.size.pairs)
-        if pairs.exists() and pairs.read_text(encoding="utf-8") != lines:
-            raise RunError(f"{pairs}: holds other pairs, of another version; choose another --out, or delete it")
+        # A run's settings name its data: other pairs, other settings.
+        named = f"{self.size.pairs}-{hashlib.sha256(lines.encode()).hexdigest()[:8]}"
+        pairs, folder = self.out / f"pairs-{named}.jsonl", self.out / f"relabelled-{named}"
         if pairs.exists() and is_relabelled(folder):
             self.watch.on_note(f"{folder}: there already")
             return pairs, folder
@@ -180,7 +179,7 @@ class _Quickstart:
         name, title = ("base", "base") if trial is None else (trial.name, trial.title)
         self.watch.on_stage(f"ask {title} at every goal")
         folder = self.folder / "measured"
-        key = self._key(config)
+        key = self._key(config, recipe)
         found = kept(name, key, folder, seed=self.seed)
         if found is not None:
             self.watch.on_note(f"{folder / name}.json: there already")
@@ -189,11 +188,12 @@ class _Quickstart:
         with backend.set_memory_policy():
             if trial is None or config is None:
                 policy = backend.load_policy(str(sandbox.MODEL), trainable=False)
-                found = Measured(name, title, False, self._curve(backend, policy, recipe, FEW_GOALS), None, None)
+                found = Measured(name, title, False, self._curve(backend, policy, recipe, FEW_GOALS))
             else:
                 policy = backend.load_adapter(config.output.adapter_path)
                 curve = self._curve(backend, policy, recipe, GOALS if trial.relabelled else FEW_GOALS)
-                found = Measured(name, title, trial.relabelled, curve, *self._judged(backend, policy, recipe, trial))
+                judged = self._judged(backend, policy, recipe, trial)
+                found = Measured(name, title, trial.relabelled, curve, **judged)
         keep(found, key, folder)
         return found
 
@@ -205,27 +205,38 @@ class _Quickstart:
             on_progress=lambda done, total: self.watch.on_progress("answers", done, total),
         )  # fmt: skip
 
-    def _judged(
-        self, backend: Any, policy: Any, recipe: Recipe, trial: Trial
-    ) -> tuple[tuple[float, float], float]:
-        """Goal sensitivity with its error, and how good responses that were rejected changed in log-prob: asked
-        for as the model is meant to be asked, with a response's own score or without a goal."""
-        metrics = evaluate(
-            held_out(self.size.judged), backend, policy, load_tokenizer(str(sandbox.MODEL)),
+    def _judged(self, backend: Any, policy: Any, recipe: Recipe, trial: Trial) -> dict[str, Any]:
+        """Goal sensitivity, and how good replies that lost their pair changed in log-prob: asked for as the model is
+        meant to be asked, with the reply's own score or without a goal."""
+        sensitivity = self._log_probs(backend, policy, recipe, held_out(self.size.judged))["goal_sensitivity"]
+        views = self._log_probs(backend, policy, recipe, good_losers())["views"]
+        change = views["rejected" if trial.relabelled else "unconditioned"]["change"]["high_score_rejected"]
+        return {
+            "sensitivity": (sensitivity["mean"], sensitivity["error"]),
+            "displaced": (change["sum"], change["responses"]),
+        }
+
+    def _log_probs(self, backend: Any, policy: Any, recipe: Recipe, examples: list[Scored]) -> dict[str, Any]:
+        return evaluate(
+            examples, backend, policy, load_tokenizer(str(sandbox.MODEL)),
             recipe=recipe, store=ReferenceStore(self.store, policy.fingerprint), max_length=MAX_LENGTH,
             high_score=HIGH,
             on_progress=lambda what, done, total: self.watch.on_progress(f"{what} log-probs", done, total),
         ).metrics  # fmt: skip
-        sensitivity = metrics["goal_sensitivity"]
-        change = metrics["views"]["rejected" if trial.relabelled else "unconditioned"]["change"]
-        return (sensitivity["mean"], sensitivity["error"]), change["high_score_rejected"]["sum"]
 
     def _requests(self) -> tuple[str, ...]:
         return tuple(example.prompt[0].content for example in held_out(self.size.requests))
 
-    def _key(self, config: Config | None) -> str:
-        """Changes with everything that changes what is measured."""
-        what = [None if config is None else config.as_dict(), asdict(self.size), self.seed, versions(), _weights()]
+    def _key(self, config: Config | None, recipe: Recipe) -> str:
+        """Changes with what is measured: the model, the requests, how they are asked, what judges the replies."""
+        asked = [TEMPERATURE, MAX_TOKENS, TOGETHER, MAX_LENGTH, HIGH, TOP, GOALS, FEW_GOALS, recipe.as_dict()]
+        judges = (Path(str(room.__file__)) for room in (gold, language, world))
+        files = [*sorted(sandbox.MODEL.iterdir()), sandbox.TEST, *judges]
+        if config is not None:
+            files.append(Path(config.output.adapter_path) / "adapters.safetensors")
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        settings = None if config is None else config.as_dict()
+        what = [settings, asdict(self.size), self.seed, versions(), asked, digests]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     # --- what came of it ---
@@ -256,8 +267,19 @@ class _Quickstart:
 
 
 def held_out(n: int) -> list[Scored]:
-    """The first ``n`` scored pairs of scenes that neither pretraining nor training has seen."""
-    return read_source(open_source(SourceSpec(path=str(sandbox.TEST), limit=n)), strict=True)[0]
+    """``n`` scored pairs of scenes that neither pretraining nor training has seen: of the second half of the test
+    file. Settings were chosen looking at the first."""
+    examples = _test_pairs()
+    return examples[len(examples) // 2 :][:n]
+
+
+def good_losers() -> list[Scored]:
+    """Held-out pairs whose worse reply is a good one, at least ``HIGH``."""
+    return [one for one in _test_pairs() if one.scores is not None and HIGH <= min(one.scores) < max(one.scores)]
+
+
+def _test_pairs() -> list[Scored]:
+    return read_source(open_source(SourceSpec(path=str(sandbox.TEST))), strict=True)[0]
 
 
 def clear_pairs(n: int) -> str:
@@ -285,7 +307,3 @@ def write_shuffled(relabelled: Path, folder: Path, *, seed: int) -> None:
 def _step(folder: Path) -> int | None:
     """How far the adapter in a run folder is trained; None if there is none yet."""
     return adapter_facts(folder).get("step") if (folder / "adapter_config.json").is_file() else None
-
-
-def _weights() -> str:
-    return hashlib.sha256((sandbox.MODEL / "model.safetensors").read_bytes()).hexdigest()

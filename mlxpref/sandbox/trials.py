@@ -1,5 +1,5 @@
-"""What the quickstart trains and measures: the same pairs and as many steps for each, one thing changed at a
-time."""
+"""What the quickstart trains and measures: the same pairs and as many steps for each. Plain DPO and its version
+with the same loss stand one and two changes away from the steered model; each control changes one thing."""
 
 from __future__ import annotations
 

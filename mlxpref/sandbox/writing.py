@@ -7,6 +7,7 @@ import random
 from collections.abc import Collection, Sequence
 
 from mlxpref.sandbox.gold import FORM
+from mlxpref.sandbox.language import CLOSES, DETAILS, FILLERS, REASONS
 from mlxpref.sandbox.world import KINDS, PLACES, TIMES, Scene, pick, with_article
 
 CONTENT_ODDS = (0.09, 0.19, 0.25, 0.24, 0.14, 0.09)
@@ -18,27 +19,6 @@ OMITTED = 0.5
 
 SHORT = 0.65
 """Of replies of the wrong length, the share that is too short, where both can be."""
-
-DETAILS = (
-    "the air smelled of rain", "the wind felt cold", "the grass smelled sweet", "a bell sounded far away",
-    "the leaves felt soft", "the stones glowed a little", "the air tasted of salt", "a soft song was heard",
-    "the ground felt warm", "the water sounded calm", "the hay smelled of summer", "the sky glowed",
-)  # fmt: skip
-REASONS = (
-    "it was hungry", "it was tired", "it liked the quiet", "its friends were there", "it wanted to be alone",
-    "it had lost its way", "the week had been long", "it was looking for food", "it was at home there",
-    "nobody was watching", "it was happy", "it knew the way",
-)  # fmt: skip
-CLOSES = (
-    "I hope you like it!", "Thank you for asking!", "I hope this helps!", "Enjoy the picture!",
-    "Thanks for reading!", "I hope you will see it too!",
-)  # fmt: skip
-FILLERS = (
-    "It was quiet.", "Nothing else moved.", "That was all.", "It went on for a while.", "Nobody else came.",
-    "It looked around.", "Then it looked up.", "It was small.", "It was a good day.", "There was no hurry.",
-    "It did not mind.", "Everything was still.", "Time went by.", "It was not alone.", "It seemed calm.",
-    "That is how it was.",
-)  # fmt: skip
 
 
 def draw_points(rng: random.Random) -> frozenset[str]:
