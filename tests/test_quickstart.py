@@ -187,26 +187,6 @@ def test_the_method_works_and_the_control_does_not(tmp_path: Path) -> None:
     assert shuffled.sensitivity is not None and abs(shuffled.sensitivity[0]) < 1
 
 
-def test_shuffled_goals_are_the_same_goals_in_other_places(tmp_path: Path) -> None:
-    """As many of each, every prompt still with one; the responses where they were."""
-    from mlxpref.data.relabel_sources import relabel_sources
-    from mlxpref.data.relabelled import read_relabelled, write_relabelled
-    from mlxpref.data.sources import SourceSpec
-
-    (tmp_path / "pairs.jsonl").write_text(quickstart.clear_pairs(100))
-    done = relabel_sources([SourceSpec(path=str(tmp_path / "pairs.jsonl"))], {"mapping": "identity"})
-    write_relabelled(tmp_path / "in_order", done.splits, done.recipe)
-    quickstart.write_shuffled(tmp_path / "in_order", tmp_path / "shuffled", seed=0)
-    before, after = (read_relabelled(tmp_path / name).read("train") for name in ("in_order", "shuffled"))
-    assert sorted(row.goal for row in before) == sorted(row.goal for row in after)
-    assert [row.responses for row in before] == [row.responses for row in after]
-    moved = sum(one.goal != two.goal for one, two in zip(before, after, strict=True))
-    assert moved > 100
-    for row in after:
-        assert row.goal_text == done.recipe.goal_text(row.goal)
-        assert row.prompt[0].content == row.goal_text
-
-
 # --- the command -------------------------------------------------------------------------------------
 
 
