@@ -238,7 +238,7 @@ class TrainingSection(Section):
     keep_last: Count | None = 3
     best_metric: str | None = None
     early_stopping: Count | None = None
-    seed: Annotated[Whole, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlxpref.errors import RunError
@@ -41,7 +41,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise refused(path, error) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # what is said is why it could not be written
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -246,9 +246,11 @@ def line_questions(lines: Iterable[str]) -> list[Question]:
 
 
 def text_question(text: str) -> Question:
-    """A text as a question, read as data sources read theirs. DataError if it is empty."""
+    """A text as a question, read as data sources read theirs. DataError if it is empty or was no UTF-8."""
     if not text.strip():
         raise DataError("the prompt is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError("the prompt is not UTF-8 text")
     return Question(tuple(conversation(text)))
 
 

@@ -180,10 +180,10 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     if resume and not (path / CONFIG).is_file():
         raise RunError(f"{path}: no run to resume here (no {CONFIG}); start it without --resume")
     if not resume:
-        _check_free(path)
+        check_free(path)
     with locked(path, what=f"{path}: another process is training here; wait for it or choose another path"):
         if not resume:
-            _check_free(path)
+            check_free(path)
         _clear_unfinished(path)
         run = RunFolder(path)
         try:
@@ -192,7 +192,12 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
             run.close()
 
 
-def _check_free(path: Path) -> None:
+def check_free(path: Path) -> None:
+    """Nothing but what a run that failed before its first step may have left is in the folder, if it is there.
+
+    Raises:
+        RunError: it is a file, holds a run or an adapter, or files that are somebody's.
+    """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path}: is a file, not a folder; choose another --adapter-path")
     metrics = path / METRICS

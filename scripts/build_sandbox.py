@@ -151,18 +151,34 @@ def pretrain(tokenizer: Tokenizer, folder: Path, steps: int) -> None:
 
     backends.get("mlx")  # a fast BLAS before mlx.core is imported
     import mlx.core as mx
-    import mlx.nn as nn
     import mlx.optimizers as optim
     from mlx_lm.models.llama import Model, ModelArgs
 
     mx.set_cache_limit(2 << 30)  # the default on a CPU gives nearly all memory back between steps
     mx.random.seed(SEED)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = Model(ModelArgs.from_dict(config))
+    model = Model(ModelArgs.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
     optimizer = optim.AdamW(RATE, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
+    step = make_step(model, optimizer)
+    began, values = time.perf_counter(), []
+    for at, batch in enumerate(batches(tokenizer, steps)):
+        value = step(mx.array(rate(at, steps)), *map(mx.array, batch))
+        mx.eval(value, model.state, optimizer.state)
+        values.append(value.item())
+        if (at + 1) % 50 == 0:
+            mean, seconds = np.mean(values[-50:]), time.perf_counter() - began
+            print(f"step {at + 1}/{steps}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
+    weights = dict(sorted(flat(model.parameters())))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+
+
+def make_step(model, optimizer):
+    """One compiled update: (rate, *batch) -> loss, nats a token."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
 
     def loss(inputs, places, targets, weights):
-        hidden = model.model(inputs).reshape(-1, config["hidden_size"])[places]
+        hidden = model.model(inputs).reshape(-1, CONFIG["hidden_size"])[places]
         losses = nn.losses.cross_entropy(model.model.embed_tokens.as_linear(hidden), targets)
         return (losses * weights).sum() / weights.sum()
 
@@ -176,18 +192,13 @@ def pretrain(tokenizer: Tokenizer, folder: Path, steps: int) -> None:
         optimizer.update(model, gradients)
         return value
 
-    began, values = time.perf_counter(), []
-    for at, batch in enumerate(batches(tokenizer, steps)):
-        rate = RATE * min(1, (at + 1) / WARM_UP)
-        rate = LAST_RATE + (rate - LAST_RATE) * (1 + math.cos(math.pi * at / steps)) / 2
-        value = step(mx.array(rate), *map(mx.array, batch))
-        mx.eval(value, state)
-        values.append(value.item())
-        if (at + 1) % 50 == 0:
-            mean, seconds = np.mean(values[-50:]), time.perf_counter() - began
-            print(f"step {at + 1}/{steps}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
-    weights = {name: value for name, value in sorted(flat(model.parameters()))}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    return step
+
+
+def rate(at: int, steps: int) -> float:
+    """Learning rate of an update: a warm-up, and a cosine down to the last rate."""
+    high = RATE * min(1, (at + 1) / WARM_UP)
+    return LAST_RATE + (high - LAST_RATE) * (1 + math.cos(math.pi * at / steps)) / 2
 
 
 def flat(parameters) -> list:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, Recipe
 from mlxpref.errors import ScoreError, UsageError
 from mlxpref.evaluate import Sample, achieved, as_curve, control_curve, curve_of, spearman
-from mlxpref.evaluate.control import mean_interval
+from mlxpref.evaluate.statistics import mean_interval
 from mlxpref.generate import line_questions
 from mlxpref.records import Prompt
 

@@ -7,6 +7,7 @@ measurement taken for one of other data, settings or weights.
 from __future__ import annotations
 
 import json
+import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlxpref.data.relabel_sources import relabel_sources
 from mlxpref.data.relabelled import read_relabelled, write_relabelled
 from mlxpref.data.sources import SourceSpec
 from mlxpref.evaluate.control import Sample, curve_of, spearman
+from mlxpref.runs import RunFolder
 from mlxpref.sandbox import findings, gold, quickstart, trials, world
 from mlxpref.sandbox.measured import TOP, Measured, keep, kept
 
@@ -145,6 +147,24 @@ def test_samples_of_another_measurement_are_not_taken(tmp_path: Path) -> None:
         kept("ra-dpo", "key", tmp_path, seed=0)
 
 
+@pytest.mark.parametrize("lines", [0, 100])
+def test_samples_cut_off_at_a_line_are_not_taken(tmp_path: Path, lines: int) -> None:
+    keep(STEERED, "key", tmp_path)
+    file = tmp_path / "ra-dpo.samples.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
+    with pytest.raises(quickstart.RunError, match="delete it, and it is measured again"):
+        kept("ra-dpo", "key", tmp_path, seed=0)
+
+
+def test_a_cut_file_of_pairs_is_made_anew(tmp_path: Path) -> None:
+    at = stage(tmp_path)
+    pairs, _ = at._data()
+    whole = pairs.read_bytes()
+    for damaged in (whole[:1000], b"\xff\xfe"):
+        pairs.write_bytes(damaged)
+        assert at._data()[0].read_bytes() == whole
+
+
 def test_intervals_and_top_shares_come_back(tmp_path: Path) -> None:
     samples = [Sample(i, None, "", float(i % 10)) for i in range(50)]
     curve = curve_of(samples, top=TOP, seed=7)
@@ -198,6 +218,12 @@ def test_the_picture_has_the_others_without_a_goal(tmp_path: Path, monkeypatch: 
     assert json.loads((tmp_path / "seed-3-quick" / "results.json").read_text())["seed"] == 3
 
 
+def write_adapter(folder: Path) -> None:
+    """The smallest safetensors file, and a config."""
+    (folder / "adapters.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def test_a_run_with_other_settings_is_refused_and_a_finished_one_kept(tmp_path: Path, monkeypatch: Any) -> None:
     begun: list[Any] = []
 
@@ -211,9 +237,13 @@ def test_a_run_with_other_settings_is_refused_and_a_finished_one_kept(tmp_path: 
     (tmp_path / "dpo").mkdir()
     (tmp_path / "dpo" / "config.yaml").write_text(json.dumps(config.as_dict()))
     at._train(config)
-    (tmp_path / "dpo" / "adapter_config.json").write_text(json.dumps({"mlxpref": {"step": trials.QUICK.steps}}))
+    run = RunFolder(tmp_path / "dpo")
+    run.save(trials.QUICK.steps, write_adapter, {}, keep_last=1)
     at._train(config)
-    assert begun == [True]
+    assert begun == [True], "a finished run is not begun again"
+    (run.path / "adapters.safetensors").write_bytes(b"cut off")
+    at._train(config)
+    assert begun == [True, True], "an adapter that is not the last checkpoint's is put back"
     other = trials.configuration(trials.DPO, tmp_path, tmp_path / "dpo", trials.QUICK, seed=4, store=tmp_path)
     with pytest.raises(quickstart.RunError, match="other settings"):
         at._train(other)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import io
 import os
+import sys
 
 import click
 
@@ -98,6 +100,9 @@ def main() -> None:
     """Preference training on your own machine: scored pairs in, an adapter that knows the quality it
     is asked for out. Nothing leaves the machine unless you ask for it."""
     _keep_libraries_quiet()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that a terminal lacks is no reason to stop
+            stream.reconfigure(errors="replace")
 
 
 def _keep_libraries_quiet() -> None:

@@ -7,6 +7,7 @@ or boxes, so that what a script reads does not depend on the width of a window.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str |
     """A table to standard output. Numbers stand right, floats with four significant digits."""
     cells = [[cell(value) for value in row] for row in rows]
     right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
-    if not is_terminal():
+    if not is_terminal() or _width(columns, cells) > shutil.get_terminal_size().columns:
         return _plain_table(columns, cells, right, title)
     from rich.table import Table
     from rich.text import Text
@@ -75,6 +76,12 @@ def cell(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Characters of the widest line of a table."""
+    lines = [list(columns), *cells]
+    return sum(max(len(line[i]) for line in lines) + 2 for i in range(len(columns)))
 
 
 def _plain_table(

@@ -15,6 +15,7 @@ import click
 
 from mlxpref.callbacks import RunStart
 from mlxpref.cli import console
+from mlxpref.errors import UsageError
 from mlxpref.evaluate.control import Achieved
 from mlxpref.sandbox.measured import TOP, Measured, texts
 from mlxpref.sandbox.quickstart import Found, Watch, quickstart
@@ -25,13 +26,24 @@ if TYPE_CHECKING:
 SHOWN_GOALS = (2.0, 6.0, 10.0)
 SHOWN_REQUESTS = (0, 1)
 
+WHAT_IT_IS = """\
+A small written world: requests for a note about an animal, and replies that earn
+1 to 10 points, read from their words: five for the facts, five for the form.
+Three copies of a tiny model learn from the same scored pairs of replies:
+  RA-DPO          reward-augmented DPO: each pair twice, the score asked for in the prompt
+  DPO             the pairs as they are
+  DPO, same loss  the same, with the two terms of loss that RA-DPO has here, too"""
+
 LEGEND = """
-score        mean gold score of the answers, ± half of its 95 % interval; another training seed moves it, too
-Spearman     rank correlation of goal and score over single answers: 1 obeys, 0 does not hear
-sensitivity  how far the goal turns a pair's log-probs round, nats, ± its standard error
-good losers  change of log-prob, nats a reply, of good replies that lose their pair: below 0 they are unlearnt
-RA-DPO       reward-augmented DPO, here with label smoothing and a likelihood term, which the paper's recipe has
-             not; "DPO, same loss" has both, too
+score        mean points of 200 replies or fewer, ± half of its 95 % interval
+Spearman     rank correlation of score asked for and earned, over single replies:
+             1 obeys, 0 does not hear
+sensitivity  how far the score asked for turns round which of two replies is more
+             probable, nats (natural logarithm), ± its standard error
+good losers  change of log-probability, nats a reply, of good replies that lose
+             their pair: far below 0, they are unlearnt
+RA-DPO and "DPO, same loss" have label smoothing and a likelihood term, which the
+paper's recipe has not.
 """
 
 EPILOG = """\b
@@ -50,7 +62,12 @@ Example:
     help="Folder for what is made; what is finished there is kept.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of training and asking."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of training and asking.",
 )
 @click.option("--quick", is_flag=True, help="A minute instead of several: fewer pairs, steps and requests.")
 def command(out: Path, seed: int, quick: bool) -> None:
@@ -59,16 +76,20 @@ def command(out: Path, seed: int, quick: bool) -> None:
     A model of 0.6 million parameters that comes with mlxpref learns from scored pairs what quality it is
     asked for. Plain DPO, on the same pairs for as many steps, stands beside it. No network is used.
     """
-    console.say("A small written world: requests for a note about an animal, and replies that earn 1 to 10")
-    console.say("points, read from their words: five for the facts, five for the form. Held-out requests below.")
+    console.say(WHAT_IT_IS)
+    if out == Path():
+        raise UsageError("--out names no folder")
     watch = Display()
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         found = quickstart(out, seed=seed, quick=quick, watch=watch)
     except KeyboardInterrupt:
         watch.stop()
         console.note("stopped; what is finished is kept: the same command goes on from here")
         raise
-    watch.stop()
+    finally:
+        watch.stop()
+        signal.signal(signal.SIGTERM, before)
     show(found)
 
 
@@ -90,7 +111,7 @@ class Display(Watch):
         if text.startswith("warning: "):
             self._warn(text.removeprefix("warning: "))
         else:
-            console.note(f"   {text}")
+            console.note(f"   {text.replace(f'{Path.cwd()}{os.sep}', '')}")
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         if console.is_terminal(stderr=True):  # seconds each: no lines in a log for them
@@ -151,6 +172,7 @@ def show(found: Found) -> None:
 
 def _show_texts(found: Found) -> None:
     base, steered = found.models[:2]
+    console.say("\nReplies to requests it has never seen; in brackets the points they earn:")
     for index in SHOWN_REQUESTS:
         console.say(f"\n> {found.requests[index]}")
         for sample in texts(base, [None], index):
@@ -161,7 +183,9 @@ def _show_texts(found: Found) -> None:
 
 def _rows(model: Measured) -> Iterator[tuple[Any, ...]]:
     """The model's own figures beside its answers without a goal; for a steered one a row for each goal."""
-    sensitivity = None if model.sensitivity is None else "{:.1f} ± {:.1f}".format(*model.sensitivity)
+    sensitivity = None
+    if model.sensitivity is not None:
+        sensitivity = "{:.1f} ± {:.1f}".format(*model.sensitivity).replace("-0.0", "0.0")
     displaced = None if model.displaced is None else round(model.displaced[0], 1)
     spearman = None if model.spearman is None else round(model.spearman, 2)
     yield model.title, "–", *_achieved(model.unasked), spearman, sensitivity, displaced
@@ -179,7 +203,7 @@ def _next(found: Found) -> Iterator[str]:
     program, adapter, pairs = (
         shlex.quote(_short(path)) for path in (_program(), found.folder / "ra-dpo", found.pairs)
     )
-    yield f'{program} generate "{found.requests[2]}" --adapter-path {adapter} --goal 1 --goal 10'
+    yield f"{program} generate {shlex.quote(found.requests[2])} --adapter-path {adapter} --goal 1 --goal 10"
     yield f"head -n 3 {pairs}    # your own pairs look like this"
     yield f"{program} relabel {pairs} --preview 2    # and this is what a model learns from"
 

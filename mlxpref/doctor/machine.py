@@ -185,4 +185,5 @@ def look_at_versions() -> Iterator[Check]:
 
 
 def on_mac() -> bool:
+    """Does Python run on macOS? True under Rosetta, too."""
     return sys.platform == "darwin"

@@ -8,9 +8,9 @@ from mlxpref.evaluate.control import (
     as_curve,
     control_curve,
     curve_of,
-    spearman,
 )
 from mlxpref.evaluate.evaluation import EvaluatedRow, Evaluation, evaluate
+from mlxpref.evaluate.statistics import spearman
 from mlxpref.evaluate.views import VIEWS, View, in_goal_units, restore, views_of
 
 __all__ = [

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
+from mlxpref.evaluate.statistics import Interval, mean_interval, spearman
 from mlxpref.generate import Question, ask_all, generate
 from mlxpref.records import Goal
 from mlxpref.report.pictures import Curve, Point
@@ -21,8 +22,6 @@ from mlxpref.rewards.scorer import Scorer, score_all
 
 VERSION = 1
 """Of the JSON that a control curve becomes."""
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,33 +218,6 @@ def _achieved(group: Sequence[Sample], top: float | None, seed: int, resamples: 
     )
 
 
-def mean_interval(
-    scores: np.ndarray, prompts: Sequence[int], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> Interval | None:
-    """Percentile bootstrap of the mean, whole prompts drawn with replacement.
-
-    Args:
-        scores: (N,) of the samples.
-        prompts: (N,) which prompt each answers. Samples of one prompt resemble each other, so drawing
-            samples one by one would give too narrow an interval.
-
-    Returns:
-        Ends that hold ``level`` of the resampled means; None for fewer than two prompts.
-    """
-    _, of = np.unique(np.asarray(prompts), return_inverse=True)
-    counts = np.bincount(of)
-    if len(counts) < 2:
-        return None
-    sums = np.bincount(of, weights=scores)
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = rng.integers(len(counts), size=len(counts))
-        means.append(sums[drawn].sum() / counts[drawn].sum())
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def goal_correlation(samples: Sequence[Sample]) -> float | dict[str, float | None] | None:
     """Spearman's correlation of goal and score, as ``ControlCurve.spearman`` holds it."""
     with_goal = [sample for sample in samples if sample.goal is not None]
@@ -254,27 +226,6 @@ def goal_correlation(samples: Sequence[Sample]) -> float | dict[str, float | Non
     if goals and isinstance(goals[0], Mapping):
         return {name: spearman([goal[name] for goal in goals], scores) for name in goals[0]}
     return spearman(goals, scores)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation, −1 to 1: Pearson's of the ranks, ties at their average rank.
-
-    None where one side does not vary. ValueError if the two differ in length.
-    """
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} values against {len(y)}")
-    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
-        return None
-    a, b = (ranks - ranks.mean() for ranks in (average_ranks(x), average_ranks(y)))
-    return float(np.clip((a @ b) / math.sqrt(float(a @ a) * float(b @ b)), -1, 1))
-
-
-def average_ranks(values: Sequence[float]) -> np.ndarray:
-    """(N,) ranks from 1; equal values share the mean of the places they take."""
-    _, of, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: np.ndarray = (last - (counts - 1) / 2)[of]
-    return ranks
 
 
 # --- towards a picture ---

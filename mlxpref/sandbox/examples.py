@@ -23,6 +23,7 @@ OVERALL = Recipe()
 ATTRIBUTES = Recipe(template=ATTRIBUTES_TEMPLATE, attributes=("content", "form"), goal_range=(0.0, 5.0))
 """Content and form asked for apart, 0–5 each."""
 
+
 def pairs(n: int, split: Split, *, seed: int) -> list[Row]:
     """``n`` scored pairs: TRL's columns ``prompt``, ``chosen``, ``rejected``, and scores of both sides.
 

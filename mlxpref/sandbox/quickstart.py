@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ from mlxpref.data.relabel_sources import relabel_sources
 from mlxpref.data.relabelled import is_relabelled, read_relabelled, write_relabelled
 from mlxpref.data.sources import SourceSpec, open_source, read_source
 from mlxpref.data.tokenization import load_tokenizer
-from mlxpref.errors import RunError
+from mlxpref.errors import MlxprefError, RunError
 from mlxpref.evaluate import evaluate
 from mlxpref.evaluate.control import ControlCurve, as_curve, control_curve
 from mlxpref.facts import commit, versions
 from mlxpref.files import write_text
-from mlxpref.generate import adapter_facts, text_question
+from mlxpref.generate import text_question
 from mlxpref.records import Scored
 from mlxpref.reference import ReferenceStore
 from mlxpref.report import Line, draw_control_curve
-from mlxpref.runs import CONFIG
+from mlxpref.runs import ADAPTER, CONFIG, RunFolder
 from mlxpref.sandbox import gold, language, world
 from mlxpref.sandbox.findings import headline, sentences
 from mlxpref.sandbox.measured import TOP, Measured, keep, kept
@@ -122,7 +123,8 @@ class _Quickstart:
         configs = {trial.name: self._configuration(trial, pairs, relabelled) for trial in self.trials}
         for trial in self.trials:
             self.watch.on_stage(f"train {trial.title}: {self.size.steps} steps")
-            self._train(configs[trial.name])
+            with _stage(self.folder / trial.name):
+                self._train(configs[trial.name])
         models = [self._measured(None, None, recipe)]
         models += [self._measured(trial, configs[trial.name], recipe) for trial in self.trials]
         return self._found(pairs, models)
@@ -135,7 +137,7 @@ class _Quickstart:
         # A run's settings name its data: other pairs, other settings.
         named = f"{self.size.pairs}-{hashlib.sha256(lines.encode()).hexdigest()[:8]}"
         pairs, folder = self.out / f"pairs-{named}.jsonl", self.out / f"relabelled-{named}"
-        if pairs.exists() and is_relabelled(folder):
+        if is_relabelled(folder) and pairs.is_file() and pairs.read_bytes() == lines.encode():
             self.watch.on_note(f"{folder}: there already")
             return pairs, folder
         write_text(pairs, lines)
@@ -162,11 +164,8 @@ class _Quickstart:
         folder = Path(config.output.adapter_path)
         begun = (folder / CONFIG).is_file()
         if begun and check_config(read_yaml(folder / CONFIG)).as_dict() != config.as_dict():
-            raise RunError(
-                f"{folder}: holds a run with other settings, perhaps of another version; choose another --out, or "
-                "delete that folder"
-            )
-        if begun and _step(folder) == config.training.iters:
+            raise RunError(f"{folder}: holds a run with other settings, of another version or before it was moved")
+        if begun and _is_whole(folder, config.training.iters):
             self.watch.on_note(f"{folder}: there already")
             return
         result = train(config, resume=begun, callbacks=[self.watch])
@@ -177,7 +176,7 @@ class _Quickstart:
 
     def _measured(self, trial: Trial | None, config: Config | None, recipe: Recipe) -> Measured:
         name, title = ("base", "base") if trial is None else (trial.name, trial.title)
-        self.watch.on_stage(f"ask {title} at every goal")
+        self.watch.on_stage(f"ask {title}")
         folder = self.folder / "measured"
         key = self._key(config, recipe)
         found = kept(name, key, folder, seed=self.seed)
@@ -236,7 +235,7 @@ class _Quickstart:
             files.append(Path(config.output.adapter_path) / "adapters.safetensors")
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         settings = None if config is None else config.as_dict()
-        what = [settings, asdict(self.size), self.seed, versions(), asked, digests]
+        what = [settings, asdict(self.size), self.seed, versions(), commit(), asked, digests]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     # --- what came of it ---
@@ -304,6 +303,23 @@ def write_shuffled(relabelled: Path, folder: Path, *, seed: int) -> None:
     write_relabelled(folder, {"train": changed}, recipe)
 
 
-def _step(folder: Path) -> int | None:
-    """How far the adapter in a run folder is trained; None if there is none yet."""
-    return adapter_facts(folder).get("step") if (folder / "adapter_config.json").is_file() else None
+@contextmanager
+def _stage(folder: Path) -> Iterator[None]:
+    """What stops a stage says how to begin it anew."""
+    try:
+        yield
+    except MlxprefError as error:
+        raise RunError(
+            f"{error}\nTo go on, mend that and give the same command again; to begin this stage anew, delete {folder}"
+        ) from error
+
+
+def _is_whole(folder: Path, steps: int | None) -> bool:
+    """Whether the run is at its end and its adapter is that of its last checkpoint."""
+    last = RunFolder(folder).last_checkpoint()
+    if last is None or last.step != steps:
+        return False
+    return all(
+        (folder / name).is_file() and (folder / name).read_bytes() == (last.folder / name).read_bytes()
+        for name in ADAPTER
+    )

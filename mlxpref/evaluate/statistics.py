@@ -1,0 +1,59 @@
+"""Figures of samples: the interval of a mean, and the correlation of ranks. NumPy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Interval = tuple[float, float]
+"""Low and high end, in the units of what was measured."""
+
+
+def mean_interval(
+    scores: np.ndarray, prompts: Sequence[int], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> Interval | None:
+    """Percentile bootstrap of the mean, whole prompts drawn with replacement.
+
+    Args:
+        scores: (N,) of the samples.
+        prompts: (N,) which prompt each answers. Samples of one prompt resemble each other, so drawing
+            samples one by one would give too narrow an interval.
+
+    Returns:
+        Ends that hold ``level`` of the resampled means; None for fewer than two prompts.
+    """
+    _, of = np.unique(np.asarray(prompts), return_inverse=True)
+    counts = np.bincount(of)
+    if len(counts) < 2:
+        return None
+    sums = np.bincount(of, weights=scores)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        drawn = rng.integers(len(counts), size=len(counts))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Rank correlation, −1 to 1: Pearson's of the ranks, ties at their average rank.
+
+    None where one side does not vary. ValueError if the two differ in length.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} values against {len(y)}")
+    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
+        return None
+    a, b = (ranks - ranks.mean() for ranks in (average_ranks(x), average_ranks(y)))
+    return float(np.clip((a @ b) / math.sqrt(float(a @ a) * float(b @ b)), -1, 1))
+
+
+def average_ranks(values: Sequence[float]) -> np.ndarray:
+    """(N,) ranks from 1; equal values share the mean of the places they take."""
+    _, of, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: np.ndarray = (last - (counts - 1) / 2)[of]
+    return ranks
