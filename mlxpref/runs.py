@@ -260,7 +260,7 @@ def _seal(folder: Path, state: Mapping[str, Any]) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":
-            _check_safetensors(file)
+            check_safetensors(file)
         files[file.name] = _digest(file)
     text = json.dumps({**state, "files": files}, indent=1, ensure_ascii=False)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
@@ -277,8 +277,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def _check_safetensors(file: Path) -> None:
-    """A library that did not notice a failed write leaves a file shorter than its header says."""
+def check_safetensors(file: Path) -> None:
+    """OSError if a file is shorter than its header says: a library that did not notice a failed write leaves such a
+    one, and so does a download that broke off."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
         try:

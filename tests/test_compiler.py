@@ -144,6 +144,28 @@ def test_kernels_of_another_user_are_not_taken_for_ones_own(tmp_path: Path) -> N
     assert json.loads(ran.stdout)[0] is False
 
 
+TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+
+
+@pytest.mark.parametrize("name", TEMPORARY)
+def test_the_folder_named_is_where_kernels_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds: a variable that C++ reads left out, or another order. A wrong folder would be said to the user,
+    and it, not the one MLX writes to, would be tried for the right to write."""
+    environ = {}
+    for other in TEMPORARY:
+        monkeypatch.delenv(other, raising=False)
+        (tmp_path / other).mkdir()
+        if TEMPORARY.index(other) >= TEMPORARY.index(name):
+            environ[other] = str(tmp_path / other)
+    ran = python("-c", SETTLED + "print(compiler.kernel_folder())\n", environ=environ)
+    assert ran.returncode == 0, ran.stderr
+    made = {file.parent for file in tmp_path.rglob("*.so")}
+    if not made:
+        pytest.skip("there is no g++ here")
+    assert [str(folder) for folder in made] == ran.stdout.splitlines()[-1:]
+    assert tmp_path / name in next(iter(made)).parents
+
+
 def test_the_users_own_switch_is_said_and_left_alone(tmp_path: Path) -> None:
     ran = python("-c", SETTLED, environ={"TMPDIR": str(tmp_path), "MLX_DISABLE_COMPILE": "1"})
     compiled, said, remedy, _ = json.loads(ran.stdout)

@@ -11,8 +11,11 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +28,8 @@ from mlxpref import backends
 from mlxpref.cli import main
 from mlxpref.doctor import check, examine, machine, macos, places, plan
 from mlxpref.doctor.check import Check
-from mlxpref.errors import UsageError
+from mlxpref.errors import RunError, UsageError
+from mlxpref.runs import open_run
 
 GB = 10**9
 HEALTHY = macos.Mac("15.3.1", "arm64", False, 0, 96 * GB, 128 * GB)
@@ -171,7 +175,7 @@ def test_this_installation_meets_its_own_minimums() -> None:
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a folder that is yet to be made, too."""
-    for free, status in ((3.0, "ok"), (1.0, "warn"), (0.1, "fail")):
+    for free, status in ((3.0, "ok"), (1.5, "warn"), (1.0, "warn"), (0.1, "fail")):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free * GB))
         assert places.check_disk("disk", tmp_path / "a" / "b", enough=2.0).status == status
 
@@ -202,14 +206,19 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Hub]]]:
         thread.join()
 
 
-@pytest.mark.parametrize(("status", "reach"), [(200, "reachable"), (403, "reachable"), (503, "unreachable")])
+@pytest.mark.parametrize(
+    ("status", "reach"), [(200, "reachable"), (403, "reachable"), (407, "unreachable"), (503, "unreachable")]
+)
 def test_the_hub_is_asked_once_and_told_nothing(
     status: int, reach: str, hub: tuple[str, type[Hub]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A refusal is the hub's answer, but 407 is a proxy's: the hub was not asked at all."""
     address, handler = hub
     monkeypatch.setattr(handler, "status", status)
     found, known = places.check_hub(address, offline=False, network=True)
     assert known == reach and address in found.said
+    assert found.status == ("ok" if reach == "reachable" else "warn")
+    assert reach == "reachable" or (str(status) in found.said and "proxy" in str(found.remedy))
     assert handler.seen == [("HEAD", "", None)] or handler.seen == [("HEAD", "/", None)]
 
 
@@ -262,6 +271,16 @@ def test_a_model_that_lacks_a_part(gone: str, says: str, tiny_model_dir: Path, t
     assert found.status == "fail" and says in found.said and found.remedy
 
 
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_a_download_that_broke_off_is_named(tmp_path: Path, tiny_model_dir: Path, kept: int) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    assert plan.lacking(model) == []
+    weights = next(model.glob("model*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert plan.lacking(model) == [f"{weights.name} is empty or cut off"]
+
+
 def test_a_model_with_a_shard_missing(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = copy(tiny_model_dir, tmp_path / "model")
     weights = next(model.glob("model*.safetensors"))
@@ -271,8 +290,22 @@ def test_a_model_with_a_shard_missing(tiny_model_dir: Path, tmp_path: Path) -> N
     assert found.status == "fail" and "1 of 2" in found.said and names["b"] in found.said
 
 
-def test_weights_beyond_the_memory_are_a_warning(tiny_model_dir: Path) -> None:
-    assert plan.check_model(str(tiny_model_dir), None, "offline", 1e-6).status == "warn"
+@pytest.mark.parametrize(("share", "status"), [(0.75, "warn"), (1.25, "ok")])
+def test_weights_beyond_the_memory_are_a_warning(share: float, status: str, tiny_model_dir: Path) -> None:
+    """Finds: a factor in the comparison, or another unit on one side."""
+    size = (tiny_model_dir / "model.safetensors").stat().st_size / GB
+    assert plan.check_model(str(tiny_model_dir), None, "offline", share * size).status == status
+
+
+@pytest.mark.parametrize(("model", "status"), [({}, "ok"), ({"revision": "main"}, "fail")])
+def test_a_revision_of_a_local_model_is_said(
+    model: dict[str, str], status: str, tiny_model_dir: Path, config: Callable[..., Path]
+) -> None:
+    """The whole configuration is looked at: a key that is dropped on the way would pass here and stop a run."""
+    _, read = plan.check_config(config(model={"path": str(tiny_model_dir), **model}))
+    assert read is not None
+    found = {c.name: c for c in plan.check_plan(read, "offline", 8.0)}["model"]
+    assert found.status == status and ("model.revision" in found.said) == (status == "fail")
 
 
 @pytest.mark.parametrize(
@@ -303,12 +336,23 @@ def test_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "status"), [([], "ok"), (["config.yaml", "adapters.safetensors"], "warn"), (["thesis.pdf"], "fail")]
+    ("files", "status"),
+    [
+        ([], "ok"),
+        ([".DS_Store"], "ok"),
+        (["config.yaml", "run.json"], "ok"),  # what a run leaves that failed before its first step
+        (["config.yaml", "adapters.safetensors"], "warn"),
+        (["adapters.safetensors"], "fail"),
+        (["thesis.pdf"], "fail"),
+    ],
 )
 def test_output(files: list[str], status: str, tmp_path: Path) -> None:
+    """The witness is what opens the folder for training: it refuses just where this is not ok."""
     for name in files:
         (tmp_path / name).touch()
     assert {c.name: c.status for c in plan.check_output(tmp_path)}["output"] == status
+    with nullcontext() if status == "ok" else pytest.raises(RunError), open_run(tmp_path, resume=False):
+        pass
 
 
 def test_output_below_a_file(tmp_path: Path) -> None:
@@ -397,6 +441,28 @@ def test_a_broken_backend_is_a_line(
     assert found["backend"].status == "fail" and "pip install" in str(found["backend"].remedy)
     assert str(error) in found["backend"].said
     assert found["memory"].status in ("ok", "warn") and found["output"].status == "ok", "the rest is still looked at"
+
+
+@pytest.mark.parametrize(("offline", "says"), [(True, "switched off"), (False, "not looked at")])
+def test_a_hub_that_is_switched_off_stays_so(
+    offline: bool, says: str, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, no_sockets: list[str]
+) -> None:
+    """``HF_HUB_OFFLINE`` goes before the permission to ask, and the model's line knows of it."""
+    monkeypatch.setattr(places, "is_offline", lambda: offline)
+    file = config(model={"path": "nobody-here/no-model"})
+    found = {c.name: c for c in examine(file, network=offline, speed=False)}
+    assert found["hub"].status == "ok" and says in found["hub"].said
+    assert found["model"].status == ("fail" if offline else "ok")
+    assert ("HF_HUB_OFFLINE" in found["model"].said) == offline
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_the_users_own_word_is_read(value: str) -> None:
+    """As the hub's client takes it from the environment, once and for all: in a process of its own."""
+    code = "from mlxpref.doctor import places; print(places.is_offline())"
+    environ = {**os.environ, "HF_HUB_OFFLINE": value}
+    ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == str(value == "1")
 
 
 @pytest.mark.mlx

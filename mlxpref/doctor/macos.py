@@ -121,7 +121,7 @@ LONG_RUNS = Check(
     "long runs",
     "ok",
     "a Mac that falls asleep stops a run. Users of MLX have also reported that macOS ended GPU work while the display "
-    "was on (\"Impacting Interactivity\" in the message), and that it went through with the display asleep",
+    'was on ("Impacting Interactivity" in the message), and that it went through with the display asleep',
     "caffeinate -i mlxpref train …, and let the display sleep (pmset displaysleepnow; not caffeinate -d, which "
     "keeps it on). A run that was ended goes on from its last checkpoint with --resume",
 )

@@ -14,8 +14,9 @@ from mlxpref.config_layers import load_config
 from mlxpref.data.readers import READERS, ending
 from mlxpref.doctor.check import Check, settled
 from mlxpref.doctor.places import ROOM_FOR_RUN, Reach, check_disk, check_writable, hub_cache
-from mlxpref.errors import MlxprefError
+from mlxpref.errors import MlxprefError, RunError
 from mlxpref.objectives import resolve_objective
+from mlxpref.runs import CONFIG, check_free, check_safetensors
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """Files of which a model folder holds at least one; Python tokenizers bring a tokenization_*.py."""
@@ -30,7 +31,7 @@ def check_config(file: Path) -> tuple[Check, Config | None]:
         objective = config.objective
         resolve_objective(list(objective) if isinstance(objective, tuple) else objective).check_supported()
     except MlxprefError as error:
-        return Check("config", "fail", str(error), "mend the keys named; configs/ has commented examples"), None
+        return Check("config", "fail", str(error), "mend what is named; configs/ has commented examples"), None
     return Check("config", "ok", f"{file}: every key and value is understood"), config
 
 
@@ -89,6 +90,14 @@ def _check_folder(folder: Path, name: str, remedy: str, free_memory: float) -> C
     return Check("model", "ok", said)
 
 
+def _is_whole(weights: Path) -> bool:
+    try:
+        check_safetensors(weights)
+    except OSError:
+        return False
+    return True
+
+
 def lacking(folder: Path) -> list[str]:
     """What a model folder lacks, in words; empty when it is whole."""
     found = []
@@ -102,7 +111,7 @@ def lacking(folder: Path) -> list[str]:
     gone = sorted(name for name in shards if not (folder / name).is_file())
     if gone:
         found.append(f"{len(gone)} of {len(shards)} weight files missing ({gone[0]}, …)")
-    found += [f"{file.name} is empty" for file in weights if file.stat().st_size == 0]
+    found += [f"{file.name} is empty or cut off" for file in weights if not _is_whole(file)]
     if not any((folder / name).is_file() for name in TOKENIZERS) and not any(folder.glob("tokenization_*.py")):
         found.append("no tokenizer (tokenizer.json or tokenizer.model)")
     return found
@@ -137,7 +146,7 @@ def check_data(name: str, path: str, reach: Reach) -> Check:
     if place.is_file() and place.stat().st_size == 0:
         return Check(name, "fail", f"{path}: an empty file", "name another, or write it again")
     if place.exists():
-        return Check(name, "ok", f"{path}: is there")
+        return Check(name, "ok", f"{path}: is there (its rows were not read)")
     if not _may_be_data_id(path):
         remedy = "check the path (it counts from the current folder); a hub id has the form owner/name"
         return Check(name, "fail", f"{path}: no such file or folder", remedy)
@@ -185,16 +194,21 @@ def _cached_data(path: str) -> bool:
 
 
 def check_output(folder: Path) -> Iterator[Check]:
-    """Room, the right to write, and that nobody else's files are there."""
+    """Room, the right to write, and that nothing is there for which ``train`` would refuse the folder."""
     problem = check_writable("output", folder)
     if problem is not None:
         yield problem
         return
     yield check_disk("disk, output", folder, enough=ROOM_FOR_RUN)
-    if (folder / "config.yaml").is_file():
-        remedy = "add --resume to go on with it, or choose another output.adapter_path"
-        yield Check("output", "warn", f"{folder}: holds a run already", remedy)
-    elif folder.is_dir() and any(not found.name.startswith(".") for found in folder.iterdir()):
-        yield Check("output", "fail", f"{folder}: is not empty", "choose another output.adapter_path")
-    else:
-        yield Check("output", "ok", f"{folder}: free and writable")
+    yield _check_free(folder)
+
+
+def _check_free(folder: Path) -> Check:
+    try:
+        check_free(folder)
+    except RunError:
+        if (folder / CONFIG).is_file():
+            remedy = "add --resume to go on with it, or choose another output.adapter_path"
+            return Check("output", "warn", f"{folder}: holds a run already", remedy)
+        return Check("output", "fail", f"{folder}: is not empty", "choose another output.adapter_path")
+    return Check("output", "ok", f"{folder}: free and writable")
