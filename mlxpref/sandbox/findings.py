@@ -63,7 +63,7 @@ def _distance(steered: Measured) -> str:
         f"Its answers are {sum(misses.values()) / len(misses):.1f} points from the goal on average over goals; "
         f"furthest ({misses[worst]:.1f}) at goal {worst:g}."
     )
-    if best.goal != 10:
+    if _apart(best, steered.at(10)):
         said += f" They score best asked for {best.goal:g} ({best.mean:.2f}), not for 10 ({steered.at(10).mean:.2f})."
     return said
 
