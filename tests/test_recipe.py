@@ -278,7 +278,7 @@ def test_attributes_share_one_scale_and_the_overall_score_keeps_its_own():
 @pytest.mark.parametrize(
     ("rows", "options", "error", "why"),
     [
-        ([scored(None)], {}, ScoreError, "--score"),
+        ([scored(None)], {}, ScoreError, "--columns"),
         ([scored((0, 0))], {}, ScoreError, "--score-range"),
         ([scored((5, 2))], {"attributes": ["helpfulness"]}, ScoreError, "there is: none"),
         ([scored((5, 2))], {"score_range": (5, 1)}, UsageError, "rising"),

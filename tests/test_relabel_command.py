@@ -280,7 +280,7 @@ def test_only_data_that_name_a_chosen_response_are_said_to(tmp_path):
 def test_unscored_data_have_no_goal_to_write(tmp_path):
     bare = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     result = run(write(tmp_path / "in.jsonl", [bare]), "--out", tmp_path / "out")
-    assert result.exit_code == 1 and "--score" in result.stderr
+    assert result.exit_code == 1 and "--columns (of pairs score_chosen=" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
