@@ -69,7 +69,7 @@ Example:
     metavar="N",
     help="Of training and asking.",
 )
-@click.option("--quick", is_flag=True, help="A minute instead of several: fewer pairs, steps and requests.")
+@click.option("--quick", is_flag=True, help="Two minutes instead of four: fewer pairs, steps and requests.")
 def command(out: Path, seed: int, quick: bool) -> None:
     """See the method at work: train on a small written world, ask for every quality, and look.
 
