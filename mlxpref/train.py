@@ -61,7 +61,6 @@ def train(
     """
     config = absolute_paths(config)
     objective = resolve_objective(_spec(config))
-    objective.check_supported()
     machine = backend if backend is not None else backends.get(config.model.backend)
     listeners = Callbacks([*callbacks, *_reporters(config, machine)])
     try:

@@ -13,7 +13,7 @@ from mlxpref.data.batching import collate, collate_step
 from mlxpref.data.plan import plan_pass, plan_steps
 from mlxpref.errors import ConfigError, ModelError
 from mlxpref.records import Batch, Tokenized
-from tests.test_mlx_step import LORA, dpo, masters, reference_of, rows_of
+from tests.test_mlx_step import LORA, Plain, dpo, masters, reference_of, rows_of
 
 pytestmark = pytest.mark.mlx
 
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_is_skipped(tiny_model_dir: Path) -> None:
 
     policy = load(tiny_model_dir)
     before = masters(policy)
-    step = mlx_backend.make_step(policy, lambda columns: dpo(columns) + mx.array(float("inf")))
+    step = mlx_backend.make_step(policy, Plain(lambda columns: dpo(columns) + mx.array(float("inf"))))
     assert step(one_batch(policy, rows_of(4)), 1e-2).skipped
     assert all(np.array_equal(before[name], value) for name, value in masters(policy).items())
 

@@ -15,8 +15,9 @@ from mlxpref.data.readers import READERS, ending
 from mlxpref.doctor.check import Check, settled
 from mlxpref.doctor.places import ROOM_FOR_RUN, Reach, check_disk, check_writable, hub_cache
 from mlxpref.errors import MlxprefError, RunError
+from mlxpref.files import safetensors_header
 from mlxpref.objectives import resolve_objective
-from mlxpref.runs import CONFIG, check_free, check_safetensors
+from mlxpref.runs import CONFIG, check_free
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """Files of which a model folder holds at least one; Python tokenizers bring a tokenization_*.py."""
@@ -29,7 +30,7 @@ def check_config(file: Path) -> tuple[Check, Config | None]:
     try:
         config = load_config(file)
         objective = config.objective
-        resolve_objective(list(objective) if isinstance(objective, tuple) else objective).check_supported()
+        resolve_objective(list(objective) if isinstance(objective, tuple) else objective)
     except MlxprefError as error:
         return Check("config", "fail", str(error), "mend what is named; configs/ has commented examples"), None
     return Check("config", "ok", f"{file}: every key and value is understood"), config
@@ -92,8 +93,8 @@ def _check_folder(folder: Path, name: str, remedy: str, free_memory: float) -> C
 
 def _is_whole(weights: Path) -> bool:
     try:
-        check_safetensors(weights)
-    except OSError:
+        safetensors_header(weights)
+    except (OSError, ValueError):
         return False
     return True
 

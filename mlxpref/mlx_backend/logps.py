@@ -10,13 +10,16 @@ The way of one micro-batch:
    log-probs and their hidden gradients in the forward pass; the backward pass is one multiplication.
    No (tokens x vocabulary) array outlives its chunk.
 
+Where an objective asks for more than log-probs, the same chunks give it: ``overlap``, log Σ_v π(v)² (a constant),
+and ``token_kl``, KL(reference ‖ policy) over the vocabulary, for which the reference's hidden rows come along.
+
 The head is the model's own ``__call__`` with its body replaced by a stub that returns the hidden
 chunk, so soft-caps, scales, tied and quantised heads need no case of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,14 +106,36 @@ class Network:
         finally:
             self.owner[self.body_name] = body
 
+    def token_values(
+        self, micro_batch: MicroBatch, *, differentiate: bool, statistics: Collection[str] = ()
+    ) -> tuple[Logps, dict[str, mx.array]]:
+        """Log-probs of every scored token, float32 nats, and what else is asked for, each (B, S, L).
+
+        Args:
+            statistics: of "overlap" and "token_kl"; the latter needs the extra ``reference_hidden``, as
+                ``hidden_rows`` of the reference gives it.
+        """
+        picked = self.hidden_rows(micro_batch)
+        other = micro_batch.extras.get("reference_hidden") if "token_kl" in statistics else None
+        flat = _chunked(self, picked, micro_batch.targets, differentiate, sorted(statistics), other)
+        laid = [self._lay(values, micro_batch) for values in flat]
+        return Logps(laid[0], micro_batch.mask), dict(zip(sorted(statistics), laid[1:], strict=True))
+
     def token_logps(self, micro_batch: MicroBatch, *, differentiate: bool) -> Logps:
-        """Log-probs of every response token, float32 nats, as (B, K, L)."""
+        """Log-probs of every scored token, float32 nats, (B, S, L)."""
+        return self.token_values(micro_batch, differentiate=differentiate)[0]
+
+    def hidden_rows(self, micro_batch: MicroBatch) -> mx.array:
+        """(N, D) hidden states that predict a scored token."""
         with self._layers():
             rows = self._response_rows(micro_batch)
-        picked = mx.take(rows, micro_batch.scored, axis=0)
-        flat = _chunked(self, picked, micro_batch.targets, differentiate)
+        return mx.take(rows, micro_batch.scored, axis=0)
+
+    @staticmethod
+    def _lay(flat: mx.array, micro_batch: MicroBatch) -> mx.array:
+        """(N,) → (B, S, L), 0 off the responses."""
         padded = mx.concatenate([flat, mx.zeros((1,), mx.float32)])
-        return Logps(mx.take(padded, micro_batch.place, axis=0), micro_batch.mask)
+        return mx.take(padded, micro_batch.place, axis=0)
 
     def _response_rows(self, micro_batch: MicroBatch) -> mx.array:
         """Hidden states of all shelves laid end to end, (ΣR·T, D)."""
@@ -153,16 +178,68 @@ def chunk_rows(vocabulary: int) -> int:
     return max(64, min(HEAD_CHUNK, int(25e6 / (4 * vocabulary))))
 
 
-def _chunked(network: Network, hidden: mx.array, targets: mx.array, differentiate: bool) -> mx.array:
-    """Log-probs of all rows, chunk after chunk."""
+def _chunked(
+    network: Network,
+    hidden: mx.array,
+    targets: mx.array,
+    differentiate: bool,
+    statistics: Sequence[str],
+    other: mx.array | None,
+) -> list[mx.array]:
+    """(N,) log-probs of all rows, then each statistic, chunk after chunk."""
     bounds = _bounds(hidden.shape[0], chunk_rows(network.vocabulary))
+    if statistics:
+        return _with_statistics(network, hidden, targets, differentiate, statistics, other, bounds)
     if differentiate and network.outer:
-        return _recomputed(network, hidden, targets, bounds)
+        return [_recomputed(network, hidden, targets, bounds)]
     score = _unit_vjp if differentiate else _row_logps
     results: list[mx.array] = []
     for start, end in bounds:
         results.append(score(network, _after(hidden[start:end], results[-1:]), targets[start:end]))
-    return mx.concatenate(results)
+    return [mx.concatenate(results)]
+
+
+def _with_statistics(
+    network: Network,
+    hidden: mx.array,
+    targets: mx.array,
+    differentiate: bool,
+    statistics: Sequence[str],
+    other: mx.array | None,
+    bounds: Sequence[tuple[int, int]],
+) -> list[mx.array]:
+    """Log-probs and statistics of all rows; a chunk's logits are made again in the backward pass."""
+    if differentiate and network.outer:
+        return _plain_statistics(network, hidden, targets, statistics, other)
+    results: list[list[mx.array]] = []
+    for start, end in bounds:
+        beside = hidden[start:end] if other is None else other[start:end]
+        chunk = _after(hidden[start:end], results[-1][:1] if results else [])
+
+        def values(h: mx.array, wanted: mx.array = targets[start:end], beside: mx.array = beside) -> list[mx.array]:
+            return _plain_statistics(network, h, wanted, statistics, beside)
+
+        results.append(mx.checkpoint(values)(chunk) if differentiate else values(chunk))
+    return [mx.concatenate(list(parts)) for parts in zip(*results, strict=True)]
+
+
+def _plain_statistics(
+    network: Network, hidden: mx.array, targets: mx.array, statistics: Sequence[str], other: mx.array | None
+) -> list[mx.array]:
+    """(N,) float32 log-probs of the targets and each statistic, whole logits at once."""
+    logits = network.head(hidden).astype(mx.float32)
+    normaliser = mx.logsumexp(logits, axis=-1)
+    found = [mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - normaliser]
+    for name in statistics:
+        if name == "overlap":
+            found.append(mx.stop_gradient(mx.logsumexp(2 * logits, axis=-1) - 2 * normaliser))
+        else:
+            assert other is not None
+            reference = mx.stop_gradient(network.head(other)).astype(mx.float32)
+            reference = reference - mx.logsumexp(reference, axis=-1, keepdims=True)
+            gap = reference - (logits - normaliser[:, None])
+            found.append((mx.exp(reference) * gap).sum(-1))
+    return found
 
 
 def _bounds(n: int, size: int) -> list[tuple[int, int]]:

@@ -50,6 +50,7 @@ class Policy:
         plain_layers: adapted modules and what they wrap, to take the adapter out.
         masters: float32 copies of the trainable parameters, which the optimiser moves; the model holds
             them in its compute dtype (``dtypes``). Empty when nothing trains.
+        moving: adapted modules by name as a reference that follows the policy has them; None where it stays.
         n_traced: how many times a forward pass was traced: once for each shape and use.
     """
 
@@ -69,7 +70,8 @@ class Policy:
     plain_layers: list[tuple[str, nn.Module, nn.Module]] = field(default_factory=list)
     masters: dict[str, mx.array] = field(default_factory=dict)
     dtypes: dict[str, Any] = field(default_factory=dict)
-    compiled: dict[bool, Any] = field(default_factory=dict)
+    compiled: dict[bool | str, Any] = field(default_factory=dict)
+    moving: dict[str, nn.Module] | None = None
     n_traced: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -108,11 +110,14 @@ class Policy:
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Within this context the model is the reference, dropout off."""
-        if self.fine_tune_type == "full" or self.initial is not None:
+        if self.moving is not None:
+            with self._swapped(self.moving):
+                yield
+        elif self.fine_tune_type == "full" or self.initial is not None:
             with self._with_initial():
                 yield
         else:
-            with self._without_adapter():
+            with self._swapped({name: plain for name, _, plain in self.plain_layers}):
                 yield
 
     @contextmanager
@@ -130,8 +135,8 @@ class Policy:
             self.update(current)
 
     @contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        self._swap({name: plain for name, _, plain in self.plain_layers})
+    def _swapped(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        self._swap(modules)
         try:
             yield
         finally:

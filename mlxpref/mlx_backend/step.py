@@ -7,6 +7,7 @@ state, learning rate), so a shape is traced once and never again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlxpref.errors import RunError
+from mlxpref.errors import ConfigError, RunError
 from mlxpref.mlx_backend.adapter import write_safetensors
 from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
 from mlxpref.mlx_backend.memory import memory, trim_cache
+from mlxpref.mlx_backend.moving import MovingReference
 from mlxpref.mlx_backend.optimizers import make_optimizer
 from mlxpref.mlx_backend.policy import Policy
+from mlxpref.objectives import Objective
+from mlxpref.objectives.registry import FROM_MODEL
 from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
 
 STATE = "step_state.safetensors"
@@ -32,9 +36,13 @@ class _Part(NamedTuple):
     tokens: mx.array
 
 
-def columns(policy_logps: Logps, batch: MicroBatch) -> dict[str, Any]:
+Values = dict[str, mx.array]
+"""``tokens`` (B, S, L), and by name what else a model says of each token."""
+
+
+def columns(values: Values, batch: MicroBatch) -> dict[str, Any]:
     """What an objective may ask for, by name."""
-    found: dict[str, Any] = {"policy": policy_logps, "weights": batch.weights, **batch.extras}
+    found: dict[str, Any] = {**batch.extras, **values, "policy": Logps(values["tokens"], batch.mask)}
     if batch.reference is not None:
         found["reference"] = Logps(batch.reference, batch.mask)
     if batch.scores is not None:
@@ -43,16 +51,27 @@ def columns(policy_logps: Logps, batch: MicroBatch) -> dict[str, Any]:
 
 
 class Step:
-    """The owner of weights, optimiser and random state of a run.
+    """The owner of weights, optimiser, random state and the objective's state of a run.
 
-    Calling it with a batch and a learning rate makes one update.
+    Calling it with a batch and a learning rate makes one update. An objective that couples the examples of a
+    batch gets the log-probs of all micro-batches before any gradient is taken: two passes.
 
     Attributes:
         policy: whose trainable parameters move.
+        state: of the objective, by formula.
+        moving: the reference, where it follows the policy; else None.
     """
 
     def __init__(
-        self, policy: Policy, objective: Any, optimizer: Any, max_grad_norm: float | None, seed: int
+        self,
+        policy: Policy,
+        objective: Objective,
+        optimizer: Any,
+        max_grad_norm: float | None,
+        seed: int,
+        *,
+        n_groups: int = 1,
+        moving: MovingReference | None = None,
     ):
         self.policy = policy
         self.objective = objective
@@ -60,41 +79,61 @@ class Step:
         self.max_grad_norm = max_grad_norm
         self.optimizer.init(policy.masters)
         self.random = mx.random.key(seed)
+        self.state = tree_map(_as_float, objective.initial_state(n_groups))
+        self.moving = moving
+        self._statistics = objective.needs & FROM_MODEL
         self._step_peak = 0.0
         state = mx.random.state
         self._gradients = mx.compile(self._gradients_of, inputs=state, outputs=state)
+        self._values = mx.compile(self._values_of, inputs=state, outputs=state)
+        self._pull = mx.compile(self._pull_of, inputs=state, outputs=state)
         self._add = mx.compile(lambda one, other: {name: one[name] + other[name] for name in one})
         self._losses = mx.compile(self._losses_of)
         self._update = mx.compile(self._update_of)
 
     # --- traced functions: pure in their arguments ---
 
-    def _parts(
-        self, masters: dict[str, mx.array], batch: MicroBatch, differentiate: bool
-    ) -> tuple[mx.array, _Part]:
+    def _read(self, masters: dict[str, mx.array], batch: MicroBatch, differentiate: bool) -> Values:
+        """What the model with these weights says of every scored token."""
         policy, held = self.policy, self.policy.trainable()
         policy.n_traced += 1
         policy.update({name: value.astype(policy.dtypes[name]) for name, value in masters.items()})
         try:
-            logps = policy.network.token_logps(batch, differentiate=differentiate)
+            logps, more = policy.network.token_values(
+                batch, differentiate=differentiate, statistics=self._statistics
+            )
         finally:
             policy.update(held)
-        losses = self.objective(columns(logps, batch))
-        return (losses * batch.weights).sum(), _Part(losses, logps.tokens)
+        return {"tokens": logps.tokens, **more}
 
     def _gradients_of(
         self, masters: dict[str, mx.array], batch: MicroBatch, total: mx.array
     ) -> tuple[dict[str, mx.array], _Part]:
         """Gradients of Σ loss / total."""
+
         def objective(masters: dict[str, mx.array]) -> tuple[mx.array, _Part]:
-            value, part = self._parts(masters, batch, differentiate=True)
-            return value / total, part
+            values = self._read(masters, batch, differentiate=True)
+            losses = self.objective(columns(values, batch))
+            return (losses * batch.weights).sum() / total, _Part(losses, values["tokens"])
 
         (_, part), gradients = mx.value_and_grad(objective)(masters)
         return gradients, part
 
-    def _losses_of(self, masters: dict[str, mx.array], batch: MicroBatch) -> _Part:
-        return self._parts(masters, batch, differentiate=False)[1]
+    def _values_of(self, masters: dict[str, mx.array], batch: MicroBatch) -> Values:
+        # A head that trains draws its dropout apart; otherwise the plain forward draws what the gradient's does.
+        return self._read(masters, batch, differentiate=bool(self.policy.network.outer))
+
+    def _pull_of(self, masters: dict[str, mx.array], batch: MicroBatch, slopes: Values) -> dict[str, mx.array]:
+        """Gradients of what has these slopes towards the values of each token."""
+
+        def pulled(masters: dict[str, mx.array]) -> mx.array:
+            values = self._read(masters, batch, differentiate=True)
+            return sum((values[name] * slope).sum() for name, slope in slopes.items())
+
+        return mx.grad(pulled)(masters)
+
+    def _losses_of(self, masters: dict[str, mx.array], batch: MicroBatch) -> Values:
+        return self._read(masters, batch, differentiate=False)
 
     def _update_of(
         self,
@@ -135,31 +174,95 @@ class Step:
         policy = self.policy
         self._train_mode(True)
         self.random, key = mx.random.split(self.random)
-        total = mx.array(float(sum(part.weights.sum() for part in batch.parts)), mx.float32)
-        gradients, parts = None, []
-        for index, micro_batch in enumerate(batch.parts):
-            _seed(mx.random.split(key, index + 2)[-1])
-            found, part = self._gradients(policy.masters, to_mlx(micro_batch), total)
-            gradients = found if gradients is None else self._add(gradients, found)
-            parts.append(part)
-            if index + 1 < len(batch.parts):
-                mx.eval(gradients, part)  # one micro-batch's activations at a time
+        keys = [mx.random.split(key, index + 2)[-1] for index in range(len(batch.parts))]
+        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
+        arrays = [to_mlx(part) for part in batch.parts]
+        if self.objective.coupled:
+            gradients, parts, state = self._coupled(arrays, keys)
+        else:
+            gradients, parts = self._one_by_one(arrays, keys)
+            state = self.state
         rate, loss = mx.array(learning_rate, mx.float32), sum(part.losses.sum() for part in parts)
-        masters, state, norm, finite = self._update(policy.masters, self.optimizer.state, gradients, rate, loss)
+        masters, moments, norm, finite = self._update(policy.masters, self.optimizer.state, gradients, rate, loss)
         policy.set_masters(masters)
-        self.optimizer.state = state
-        mx.eval(policy.masters, policy.trainable(), state, self.random, norm, finite, parts)
+        self.optimizer.state = moments
+        self.state = tree_map(lambda new, old: mx.where(finite, new, old), state, self.state)
+        mx.eval(policy.masters, policy.trainable(), moments, self.state, self.random, norm, finite, parts)
+        if self.moving is not None:
+            self.moving.follow()
         self._tidy()
         return _report(batch, parts, float(norm.item()), not bool(finite.item()))
+
+    def _one_by_one(
+        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array]
+    ) -> tuple[dict[str, mx.array], list[_Part]]:
+        """Gradients of the mean loss, each micro-batch for itself."""
+        total = _weight(arrays)
+        gradients, parts = None, []
+        for index, micro_batch in enumerate(arrays):
+            _seed(keys[index])
+            found, part = self._gradients(self.policy.masters, micro_batch, total)
+            gradients = found if gradients is None else self._add(gradients, found)
+            parts.append(part)
+            if index + 1 < len(arrays):
+                mx.eval(gradients, part)  # one micro-batch's activations at a time
+        assert gradients is not None
+        return gradients, parts
+
+    def _coupled(
+        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array]
+    ) -> tuple[dict[str, mx.array], list[_Part], Any]:
+        """The same of losses that depend on the whole batch, and the objective's next state.
+
+        All log-probs first; then the objective on all of them, whose slopes towards each token go back
+        through the model, micro-batch after micro-batch, with the dropout of the first pass.
+        """
+        values = []
+        for key, micro_batch in zip(keys, arrays, strict=True):
+            _seed(key)
+            values.append(self._values(self.policy.masters, micro_batch))
+            mx.eval(values[-1])
+        total = _weight(arrays)
+
+        def objective(values: list[Values]) -> tuple[mx.array, Any]:
+            losses, state = self._apply(values, arrays)
+            weighted = [(one * part.weights).sum() for one, part in zip(losses, arrays, strict=True)]
+            return sum(weighted) / total, (losses, state)
+
+        (_, (losses, state)), slopes = mx.value_and_grad(objective)(values)
+        gradients = None
+        for key, micro_batch, slope in zip(keys, arrays, slopes, strict=True):
+            _seed(key)
+            found = self._pull(self.policy.masters, micro_batch, slope)
+            gradients = found if gradients is None else self._add(gradients, found)
+            mx.eval(gradients)
+        assert gradients is not None
+        return gradients, [_Part(one, value["tokens"]) for one, value in zip(losses, values, strict=True)], state
+
+    def _apply(self, values: Sequence[Values], arrays: Sequence[MicroBatch]) -> tuple[list[mx.array], Any]:
+        given = [columns(value, part) for value, part in zip(values, arrays, strict=True)]
+        return self.objective.apply_parts(given, self.state)
 
     def evaluate(self, batch: Batch) -> StepReport:
         """Losses and log-probs of a batch under the current weights, dropout off; nothing moves."""
         self._train_mode(False)
-        parts = []
-        for micro_batch in batch.parts:
-            parts.append(self._losses(self.policy.masters, to_mlx(micro_batch)))
-            mx.eval(parts[-1])
+        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
+        arrays, values = [to_mlx(part) for part in batch.parts], []
+        for micro_batch in arrays:
+            values.append(self._losses(self.policy.masters, micro_batch))
+            mx.eval(values[-1])
+        losses, _ = self._apply(values, arrays)
+        parts = [_Part(one, value["tokens"]) for one, value in zip(losses, values, strict=True)]
         return _report(batch, parts, 0.0, False)
+
+    def _completed(self, part: MicroBatch) -> MicroBatch:
+        """With what is the reference's and cannot be known beforehand: a moving one's log-probs, hidden rows."""
+        if self.moving is not None:
+            part = part._replace(reference=token_logps(self.policy, part, reference=True).tokens)
+        if "token_kl" in self._statistics:
+            hidden = reference_hidden(self.policy, part)
+            part = part._replace(extras={**part.extras, "reference_hidden": hidden})
+        return part
 
     def _train_mode(self, on: bool) -> None:
         if self.policy.model.training != on:
@@ -172,9 +275,13 @@ class Step:
     # --- what a checkpoint keeps ---
 
     def save_state(self, folder: Path) -> None:
-        """Write float32 masters, optimiser state and random state to ``step_state.safetensors``."""
+        """Write ``step_state.safetensors``: float32 masters, random state, what optimiser and objective carry from
+        step to step, and a reference that moves."""
         state = {f"masters.{name}": value for name, value in self.policy.masters.items()}
         state |= {f"optimizer.{name}": value for name, value in tree_flatten(self.optimizer.state)}
+        state |= {f"objective.{name}": value for name, value in tree_flatten(self.state)}
+        if self.moving is not None:
+            state |= {f"reference.{name}": value for name, value in self.moving.save().items()}
         state["random"] = self.random
         write_safetensors(folder / STATE, state)
 
@@ -195,11 +302,27 @@ class Step:
         names = [f"optimizer.{name}" for name, _ in tree_flatten(self.optimizer.state)]
         if missing := [name for name in names if name not in state]:
             raise RunError(f"{file}: was written by another optimizer (no {missing[0]})")
+        own = [f"objective.{name}" for name, _ in tree_flatten(self.state)]
+        if missing := [name for name in own if name not in state]:
+            raise RunError(f"{file}: was written by a run with another objective (no {missing[0]})")
         # In the order they had: sums over parameters, such as the gradient's norm, follow it to the last bit.
         self.policy.set_masters({name: masters[name] for name in self.policy.masters})
+        known = iter(own)
+        self.state = tree_map(lambda _: state[next(known)], self.state)
+        if self.moving is not None:
+            self.moving.load({n.removeprefix("reference."): v for n, v in state.items() if n.startswith("reference.")})
         moments = iter(names)  # parameter names hold dots: take the structure from the live state
         self.optimizer.state = tree_map(lambda _: state[next(moments)], self.optimizer.state)
         self.random = state["random"]
+
+
+def _as_float(value: Any) -> mx.array:
+    return mx.array(np.asarray(value, np.float32))
+
+
+def _weight(arrays: Sequence[MicroBatch]) -> mx.array:
+    """Σ of the examples' weights."""
+    return mx.array(float(sum(part.weights.sum().item() for part in arrays)), mx.float32)
 
 
 def _seed(key: mx.array) -> None:
@@ -242,6 +365,8 @@ def make_step(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
     seed: int = 0,
+    n_groups: int = 1,
+    reference_update: Mapping[str, Any] | None = None,
 ) -> Step:
     """The compiled update of a policy under an objective.
 
@@ -251,12 +376,22 @@ def make_step(
         optimizer, optimizer_options, weight_decay: see ``make_optimizer``.
         max_grad_norm: global norm to clip to; None for no clipping.
         seed: of dropout.
+        n_groups: different values of the column ``groups``.
+        reference_update: ``kind`` "soft" or "hard", ``alpha`` and ``every``: the reference follows the policy
+            (see ``MovingReference``); its log-probs are computed in every step then. None: it stays.
 
     Raises:
-        ConfigError: of ``make_optimizer``.
+        ConfigError: of ``make_optimizer``; or an objective that compares whole distributions, with a head that
+            trains.
     """
+    if "token_kl" in objective.needs and policy.network.outer:
+        raise ConfigError(
+            f"{objective.name} compares the policy's and the reference's whole distributions, which share one "
+            f"head here; {', '.join(policy.network.outer[:3])} would train: adapt layers only"
+        )
     chosen = make_optimizer(optimizer, weight_decay, optimizer_options)
-    return Step(policy, objective, chosen, max_grad_norm, seed)
+    moving = None if reference_update is None else MovingReference(policy, **reference_update)
+    return Step(policy, objective, chosen, max_grad_norm, seed, n_groups=n_groups, moving=moving)
 
 
 def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> Logps:
@@ -277,6 +412,29 @@ def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = Fa
     finally:
         if was_training:
             policy.model.train()
+
+
+def reference_hidden(policy: Policy, micro_batch: MicroBatch) -> np.ndarray:
+    """(N, D) hidden rows of the reference, dropout off, that predict the scored tokens of a micro-batch."""
+    was_training = policy.model.training
+    policy.model.eval()
+    if "hidden" not in policy.compiled:
+
+        def forward(parameters: dict[str, mx.array], batch: MicroBatch) -> mx.array:
+            held = policy.trainable()
+            policy.n_traced += 1
+            policy.update(parameters)
+            try:
+                return policy.network.hidden_rows(batch)
+            finally:
+                policy.update(held)
+
+        policy.compiled["hidden"] = mx.compile(forward)
+    with policy.as_reference():
+        result = policy.compiled["hidden"](policy.trainable(), to_mlx(micro_batch))
+        mx.eval(result)
+    policy.model.train(was_training)
+    return result
 
 
 def _forward(policy: Policy, arrays: MicroBatch, reference: bool) -> Logps:

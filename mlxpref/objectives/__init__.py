@@ -3,6 +3,12 @@
 The families, by what a formula looks at:
 
 - ``margin``: Δ, the chosen log-ratio less the rejected one;
+- ``ratios``: the log-ratios of both responses, not their difference alone;
+- ``batchwise``: pairs that a whole batch, or what came before it, decides on;
+- ``scored``: log-ratios and scores;
+- ``listwise``: K responses at once;
+- ``tokenwise``: log-ratios token by token;
+- ``texts``: a further text beside the responses;
 - ``policy_only``: the policy's log-probs, without a reference.
 
 A new family is a new module here; ``docs/adding-an-objective.md`` shows a new formula.
@@ -20,8 +26,11 @@ from mlxpref.objectives.registry import (
     PerExample,
     PerExampleIndex,
     PerResponse,
+    PerResponseLogps,
+    PerToken,
     Positive,
     Share,
+    TextLogps,
     objective,
 )
 from mlxpref.objectives.resolve import find_objective, resolve_objective
@@ -37,8 +46,11 @@ __all__ = [
     "PerExample",
     "PerExampleIndex",
     "PerResponse",
+    "PerResponseLogps",
+    "PerToken",
     "Positive",
     "Share",
+    "TextLogps",
     "find_objective",
     "margin",
     "objective",

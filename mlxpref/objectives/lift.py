@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxpref import ops
-from mlxpref.objectives.registry import Column, Lift
+from mlxpref.objectives.registry import Column, Kind, Lift, Text
 from mlxpref.ops import Array
 from mlxpref.records import Logps
 
@@ -35,18 +35,22 @@ def pairs_of(k: int, lift: Lift) -> Pairs:
     return tuple((i, j) for i in range(k) for j in range(i + 1, k))
 
 
-def take_pairs(column: Any, pairs: Pairs, kind: Any) -> Any:
+def take_pairs(column: Any, pairs: Pairs, kind: Kind) -> Any:
     """A column of lists as one of pairs: n pairs of B examples are n·B rows, pair after pair.
 
     Args:
-        column: ``Logps`` (B, K, L), an array (B, K), or one without responses, (B, …).
+        column: ``Logps`` (B, K, L), an array (B, K, …), or one without responses, (B, …).
         kind: what the signature says of it.
     """
     if isinstance(column, Logps):
-        return Logps(*(_take(part, pairs) for part in column))
+        return Logps(*(take_pairs(part, pairs, _of_parts(kind)) for part in column))
     if isinstance(kind, Column) and kind.per == "example":
-        return ops.concatenate([column] * len(pairs), 0)
+        return ops.concatenate([column] * len(pairs), 0) if len(pairs) > 1 else column
     return _take(column, pairs)
+
+
+def _of_parts(kind: Kind) -> Kind:
+    return Column("example" if isinstance(kind, Text) and kind.per == "example" else "response")
 
 
 def mean_over_pairs(losses: Array, pairs: Pairs, distances: Array | None, lift: Lift) -> Array:
@@ -62,7 +66,7 @@ def mean_over_pairs(losses: Array, pairs: Pairs, distances: Array | None, lift: 
     return ops.where(counts, losses, 0.0).sum(0) / ops.where(n > 0, n, 1)
 
 
-def lift_columns(columns: Mapping[str, Any], kinds: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
+def lift_columns(columns: Mapping[str, Any], kinds: Mapping[str, Kind], pairs: Pairs) -> dict[str, Any]:
     """Every column of a formula as columns of pairs."""
     return {name: take_pairs(column, pairs, kinds[name]) for name, column in columns.items()}
 

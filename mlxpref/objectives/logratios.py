@@ -1,8 +1,10 @@
-"""Quantities that formulas are made of, from the log-probs of pairs. All in nats, all (B,)."""
+"""Quantities that formulas are made of, from the log-probs of pairs. In nats, (B,) unless they say otherwise."""
 
 from __future__ import annotations
 
-from mlxpref.ops import Array
+from typing import Any
+
+from mlxpref.ops import Array, log_sigmoid
 from mlxpref.records import Logps
 
 Pair = tuple[Array, Array]
@@ -11,14 +13,25 @@ Pair = tuple[Array, Array]
 
 def log_ratios(policy: Logps, reference: Logps) -> Pair:
     """a = log π(y|x) − log π_ref(y|x), summed over the tokens of each response."""
-    sums = _ratio_sums(policy, reference)
+    sums = list_log_ratios(policy, reference)
     return sums[:, 0], sums[:, 1]
 
 
 def mean_log_ratios(policy: Logps, reference: Logps) -> Pair:
     """a / n: the log-ratio averaged over the tokens of each response."""
-    means = _ratio_sums(policy, reference) / policy.lengths
+    means = list_log_ratios(policy, reference) / policy.lengths
     return means[:, 0], means[:, 1]
+
+
+def list_log_ratios(policy: Logps, reference: Logps) -> Array:
+    """(B, K): a of every response of a list."""
+    # Token by token before the sum: two sums of hundreds of nats would leave float32 noise in between.
+    return token_log_ratios(policy, reference).sum(-1)
+
+
+def token_log_ratios(policy: Logps, reference: Logps) -> Array:
+    """(B, K, L): log π − log π_ref of each token, 0 off the mask."""
+    return (policy.tokens - reference.tokens) * policy.mask
 
 
 def sums(policy: Logps) -> Pair:
@@ -43,6 +56,9 @@ def mean_margin(policy: Logps, reference: Logps) -> Array:
     return chosen - rejected
 
 
-def _ratio_sums(policy: Logps, reference: Logps) -> Array:
-    # Token by token before the sum: two sums of hundreds of nats would leave float32 noise in between.
-    return ((policy.tokens - reference.tokens) * policy.mask).sum(-1)
+def smoothed(z: Array, epsilon: Any) -> Array:
+    """−(1−ε) log σ(z) − ε log σ(−z): the loss of a margin z whose label is wrong with probability ε.
+
+    ε is a number or (B,), a constant; 1 − ε is the label where that is soft.
+    """
+    return -(1 - epsilon) * log_sigmoid(z) - epsilon * log_sigmoid(-z)

@@ -6,10 +6,19 @@ formula pushes the two with equal and opposite strength, but for those that aver
 
 from __future__ import annotations
 
-from mlxpref.objectives.logratios import margin, mean_margin
-from mlxpref.objectives.registry import FlipRate, Positive, objective
-from mlxpref.ops import Array, log_sigmoid, relu
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from mlxpref.objectives.logratios import margin, mean_margin, smoothed
+from mlxpref.objectives.registry import FlipRate, NonNegative, PerResponse, Positive, objective
+from mlxpref.ops import Array, exp, log_sigmoid, relu, sigmoid
 from mlxpref.records import Logps
+
+Smoothing = Annotated[float, Field(gt=0, lt=0.5)]
+Temperature = Annotated[float, Field(gt=0, le=1)]
+FocalPower = Annotated[float, Field(ge=0, lt=1 / math.log(2))]
 
 
 @objective
@@ -32,8 +41,7 @@ def dpo(policy: Logps, reference: Logps, *, beta: Positive = 0.1, label_smoothin
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; label smoothing: Mitchell 2023, note on cDPO.
     Also known as: sigmoid (TRL); cdpo (with label_smoothing).
     """
-    z = beta * margin(policy, reference)
-    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+    return smoothed(beta * margin(policy, reference), label_smoothing)
 
 
 @objective
@@ -139,3 +147,117 @@ def ln_dpo(policy: Logps, reference: Logps, *, beta: Positive = 5.0) -> Array:
     Also known as: sigmoid_norm (TRL); dpo_norm (open-instruct).
     """
     return -log_sigmoid(beta * mean_margin(policy, reference))
+
+
+@objective
+def r_dpo(
+    policy: Logps,
+    reference: Logps,
+    lengths: PerResponse,
+    *,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.01,
+) -> Array:
+    r"""Length-regularised DPO: a longer chosen response has part of its margin already and is pushed up less.
+
+    .. math:: -\log\sigma\bigl(\beta\Delta + \alpha (n_w - n_l)\bigr)
+
+    It is DPO on the reward r − αn: the policy that is best for it has βΔ = (r_w − r_l) − α(n_w − n_l), so the
+    margin in r that labels speak of is βΔ + α(n_w − n_l).
+
+    Args:
+        policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
+        lengths: (B, 2), scored tokens of each response.
+        beta: strength of the pull towards the reference, 1/nats.
+        alpha: what one token costs, 1/tokens. It multiplies a difference of token counts: compare α·100 with
+            βΔ before use. The values tried by others, 0.05 to 1, could not be confirmed.
+
+    Returns:
+        (B,) losses; −log σ(α(n_w − n_l)) where policy = reference, log 2 for equal lengths.
+
+    Convention: log-ratios are summed over tokens. The sign is that of the paper; the rDPO of the α-DPO
+    authors' code subtracts the difference of lengths instead.
+    Source: Park et al. 2024, arXiv:2403.19159; iterated: Liu et al. 2024, arXiv:2406.11817 (iLR-DPO).
+    """
+    return -log_sigmoid(beta * margin(policy, reference) + alpha * (lengths[:, 0] - lengths[:, 1]))
+
+
+@objective
+def exo_pair(
+    policy: Logps, reference: Logps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 1e-3
+) -> Array:
+    r"""EXO on pairs: the reverse KL divergence from the model's preference to the smoothed label.
+
+    .. math::
+        \sigma(z) \log\frac{\sigma(z)}{1-\varepsilon} + \sigma(-z) \log\frac{\sigma(-z)}{\varepsilon},
+        \qquad z = \beta\Delta
+
+    The slope in z is p(1 − p)(z − z*) with z* = log((1 − ε)/ε), where loss and slope are 0. Unlike DPO's it
+    fades as z → −∞: pairs far on the wrong side get almost no push.
+
+    Args:
+        policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
+        beta: strength of the pull towards the reference, 1/nats.
+        label_smoothing: ε, the probability the label leaves to the rejected response; above 0, since at 0
+            the divergence is infinite.
+
+    Returns:
+        (B,) losses ≥ 0; −log 2 − ½ log(ε(1 − ε)) where policy = reference, 2.7612 at the default.
+
+    Convention: log-ratios are summed over tokens.
+    Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
+    Also known as: exo; exo_pref (the paper's variant for preference pairs).
+    """
+    z = beta * margin(policy, reference)
+    chosen = sigmoid(z) * (log_sigmoid(z) - math.log(1 - label_smoothing))
+    return chosen + sigmoid(-z) * (log_sigmoid(-z) - math.log(label_smoothing))
+
+
+@objective
+def discopop(policy: Logps, reference: Logps, *, beta: Positive = 0.05, tau: Temperature = 0.05) -> Array:
+    r"""DiscoPOP: logistic where the margin is negative, exponential where it is positive.
+
+    .. math:: -(1-m) \log\sigma(z) + m e^{-z}, \qquad m = \sigma(z/\tau), \quad z = \beta\Delta
+
+    A loss found by a language model's search. It is not convex, nor monotone near 0: for τ = 0.05 it is
+    0.7874 at z = −0.1 and 0.8737 at z = 0.1.
+
+    Args:
+        policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
+        beta: strength of the pull towards the reference, 1/nats.
+        tau: width in z of the change from one form to the other; at most 1, since beyond it the loss of a
+            bad pair grows exponentially.
+
+    Returns:
+        (B,) losses; (log 2 + 1)/2 = 0.8466 where policy = reference.
+
+    Convention: log-ratios are summed over tokens.
+    Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5.
+    Also known as: lrml (the paper's log-ratio modulated loss).
+    """
+    z = beta * margin(policy, reference)
+    # m e^-z as one exponential: e^-z alone overflows where m is nearly 0.
+    return -sigmoid(-z / tau) * log_sigmoid(z) + exp(log_sigmoid(z / tau) - z)
+
+
+@objective
+def focalpo(policy: Logps, reference: Logps, *, beta: Positive = 0.1, gamma: FocalPower = 0.05) -> Array:
+    r"""FocalPO: DPO that cares more for pairs already ranked right, the opposite of the focal loss.
+
+    .. math:: -p^\gamma \log p, \qquad p = \sigma(\beta\Delta)
+
+    Args:
+        policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
+        beta: strength of the pull towards the reference, 1/nats.
+        gamma: how much more; 0 is DPO. The slope in z is −p^γ(1 − p)(1 + γ log p): pairs with p < e^(−1/γ)
+            are trained backwards, and from γ = 1/log 2 on all of them at the start, so γ stays below. The
+            default could not be confirmed from the authors' code.
+
+    Returns:
+        (B,) losses; 2^(−γ) log 2 where policy = reference, 0.6695 at the default.
+
+    Convention: log-ratios are summed over tokens; the gradient goes through p^γ too.
+    Source: Liu et al. 2025, arXiv:2501.06645.
+    """
+    log_p = log_sigmoid(beta * margin(policy, reference))
+    return -exp(gamma * log_p) * log_p

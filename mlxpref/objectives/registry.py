@@ -2,23 +2,26 @@
 
 A signature is a declaration, read once, when the module is imported:
 
-- positional parameters are **columns**, told apart by their annotation: ``Logps`` (``policy``
-  and ``reference``), ``PerResponse`` and ``PerExample`` arrays. ``policy`` and ``lengths`` every batch has,
-  ``reference`` is computed when needed; all others must be in the data, and are asked for before a model
-  loads.
+- positional parameters are **columns**, told apart by their annotation: log-probs (``policy`` and
+  ``reference``), numbers by response, example or token, and the log-probs of further texts. ``policy`` and
+  ``lengths`` every batch has, ``reference`` is computed when needed, ``overlap`` and ``token_kl`` come from the
+  model; all others must be in the data, and are asked for before a model loads.
 - the annotation of ``policy`` says what the formula looks at: ``Logps``, two responses (longer lists
   are lifted to pairs, see :mod:`.lift`); ``ListLogps``, all K of them; ``BatchLogps``, pairs whose
   losses depend on each other.
+- ``TextLogps`` is a text of the example beside its responses (a third response, a rationale);
+  ``PerResponseLogps`` one a response. The same name with ``_reference`` is its reference.
 - a parameter ``state`` is for a formula that carries numbers from step to step: the function returns
   ``(losses, new state)``. Its default is the state at step 0, a ``NamedTuple`` of arrays or numbers, or
-  a function of the options.
+  a function of the options (and of ``n_groups``, if it has such a parameter).
 - keyword-only parameters are the **options**, with their default and, by annotation, their range.
 
-``BatchLogps`` and ``state`` can be declared and computed; no backend trains with them yet, since a batch
-reaches the formula in micro-batches and checkpoints keep no such state (``Objective.check_supported``).
+Formulas with ``BatchLogps`` or a ``state`` get a whole batch at once, however it was split to go through the
+model: see ``Objective.apply_parts``.
 
 The docstring declares the rest: its first line, one line per option under ``Args:``, a line
-``Source:``, and, where other programs call the formula something else, ``Also known as:``.
+``Source:``, where other programs call the formula something else, ``Also known as:``, and where its form
+could not be confirmed from a source, ``Unverified:`` and a name that begins with ``experimental_``.
 """
 
 from __future__ import annotations
@@ -40,10 +43,17 @@ Lift = Literal["first_two", "best_worst", "best_rest", "all_pairs"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What an annotation says of a column: one value a response or an example, real or an index."""
+    """What an annotation says of a column: one value a response, example or token, real or an index."""
+
+    per: Literal["response", "example", "token"]
+    integer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What an annotation says of log-probs of further texts: one an example, or one a response."""
 
     per: Literal["response", "example"]
-    integer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +65,17 @@ class Scope:
 
 
 PerResponse = Annotated[Any, Column("response")]
-"""(B, 2) or (B, K) real numbers, in the order of the responses."""
+"""(B, K) or (B, K, M) real numbers, in the order of the responses."""
 PerExample = Annotated[Any, Column("example")]
 """(B,) or (B, …) real numbers."""
 PerExampleIndex = Annotated[Any, Column("example", integer=True)]
 """(B,) integers from 0, such as a group's number."""
+PerToken = Annotated[Any, Column("token")]
+"""(B, K, L) real numbers, 0 off the mask."""
+TextLogps = Annotated[Logps, Text("example")]
+"""(B, 1, L) log-probs of one further text of each example."""
+PerResponseLogps = Annotated[Logps, Text("response")]
+"""(B, K, L) log-probs of one further text of each response."""
 ListLogps = Annotated[Logps, Scope(lists=True)]
 """Log-probs of all K responses, best first."""
 BatchLogps = Annotated[Logps, Scope(batch=True)]
@@ -72,7 +88,15 @@ FlipRate = Annotated[float, Field(ge=0, lt=0.5)]
 """A probability that a label is wrong: at ½ labels say nothing, above it their contrary."""
 
 ALWAYS_THERE = frozenset({"policy", "lengths"})
-RESERVED = frozenset({"name", "weight", "lift"})
+FROM_MODEL = frozenset({"overlap", "token_kl"})
+"""Per-token columns that a backend computes beside the log-probs."""
+RESERVED = frozenset({"name", "weight", "lift", "weighting"})
+EXPERIMENTAL = "experimental_"
+
+Weighting = Literal["none", "wpo"]
+"""By what each pair's loss is multiplied; see :mod:`mlxpref.objectives.weighting`."""
+
+Kind = Column | Scope | Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +116,18 @@ class Entry:
     Attributes:
         name: of the function, and in a configuration.
         family: the module it lives in (``margin``, ``policy_only``, …).
-        columns: the positional parameters but ``state``, ``Scope`` for log-probs.
+        columns: the positional parameters but ``state``.
         lists: it takes all K responses; otherwise the first two, and longer lists are lifted.
         batch: its losses depend on the whole batch, by ``BatchLogps`` or by a state.
         start: the default of ``state``; None without one.
         summary, doc, source, aliases: from the docstring; ``aliases`` are other programs' names.
+        unverified: what of its form no source confirms; empty for all but the experimental ones.
     """
 
     name: str
     family: str
     function: Callable[..., Any]
-    columns: Mapping[str, Column | Scope]
+    columns: Mapping[str, Kind]
     options: Mapping[str, Option]
     lists: bool
     batch: bool
@@ -111,25 +136,39 @@ class Entry:
     doc: str
     source: str
     aliases: tuple[str, ...]
+    unverified: str = ""
 
     @property
+    def experimental(self) -> bool:
+        return bool(self.unverified)
+
+    @cached_property
+    def texts(self) -> Mapping[str, str]:
+        """Further texts the data must hold, each "example" or "response"."""
+        names = {name.removesuffix("_reference"): kind for name, kind in self.columns.items()}
+        return {name: kind.per for name, kind in sorted(names.items()) if isinstance(kind, Text)}
+
+    @cached_property
     def needs(self) -> frozenset[str]:
-        """Columns that the data or the reference pass must supply."""
-        return frozenset(self.columns) - ALWAYS_THERE
+        """What the data, the reference pass or the model must supply: ``reference``, ``scores``, ``third``, …"""
+        own = {n for n, kind in self.columns.items() if not (isinstance(kind, Text) and n.endswith("_reference"))}
+        referred = {"reference"} if len(own) < len(self.columns) else set()
+        return frozenset(own | referred) - ALWAYS_THERE
 
     @cached_property
     def model(self) -> type[BaseModel]:
         """The options as a pydantic model: unknown names, wrong types and ranges are its errors.
 
         Text that reads as a number counts as one (YAML takes ``1e-5`` for text). Objectives for
-        pairs have one option more, ``lift``.
+        pairs have two options more, ``lift`` and ``weighting``; those that couple a batch read lists one way only.
         """
         fields: dict[str, Any] = {
             o.name: (Annotated[o.annotation, Field(description=o.help)], o.default)
             for o in self.options.values()
         }
         if not self.lists:
-            fields["lift"] = (Lift, "first_two")
+            fields["lift"] = (Literal["best_worst"], "best_worst") if self.batch else (Lift, "first_two")
+            fields["weighting"] = (Weighting, "none")
         config = ConfigDict(extra="forbid", allow_inf_nan=False)
         return create_model(self.name, __config__=config, **fields)
 
@@ -168,7 +207,7 @@ def read_declaration(function: Callable[..., Any]) -> Entry:
     name, doc = function.__name__, inspect.getdoc(function) or ""
     hints = get_type_hints(function, include_extras=True)
     helps = _args_section(doc)
-    columns: dict[str, Column | Scope] = {}
+    columns: dict[str, Kind] = {}
     options: dict[str, Option] = {}
     start: Any = None
     for parameter in inspect.signature(function).parameters.values():
@@ -189,9 +228,11 @@ def read_declaration(function: Callable[..., Any]) -> Entry:
     scope = columns.get("policy")
     if not isinstance(scope, Scope):
         raise TypeError(f"objective {name}: needs a parameter `policy: Logps`")
-    source = _line(doc, "Source")
+    source, unverified = _line(doc, "Source"), _line(doc, "Unverified")
     if not source:
         raise TypeError(f"objective {name}: the docstring has no line `Source: …`")
+    if bool(unverified) != name.startswith(EXPERIMENTAL):
+        raise TypeError(f"objective {name}: a line `Unverified: …` and a name {EXPERIMENTAL}… go together")
     return Entry(
         name=name,
         family=function.__module__.rpartition(".")[2],
@@ -205,17 +246,21 @@ def read_declaration(function: Callable[..., Any]) -> Entry:
         doc=doc,
         source=source.rstrip("."),
         aliases=tuple(re.findall(r"(\w+) *(?:\([^)]*\))? *(?:;|$)", _line(doc, "Also known as"))),
+        unverified=unverified,
     )
 
 
-def _column(hint: Any, where: str) -> Column | Scope:
+def _column(hint: Any, where: str) -> Kind:
     if hint is Logps:
         return Scope()
     if get_origin(hint) is Annotated:
         for mark in get_args(hint)[1:]:
-            if isinstance(mark, Column | Scope):
+            if isinstance(mark, Kind):
                 return mark
-    known = "Logps, ListLogps, BatchLogps, PerResponse, PerExample or PerExampleIndex"
+    known = (
+        "Logps, ListLogps, BatchLogps, PerResponse, PerExample, PerExampleIndex, PerToken, TextLogps or "
+        "PerResponseLogps"
+    )
     raise TypeError(f"{where}: annotate a column with {known}")
 
 

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from pydantic import ValidationError
 
 from mlxpref.errors import ObjectiveError, raise_all
 from mlxpref.objectives.mixture import Objective, Term
-from mlxpref.objectives.registry import TABLE, Column, Entry, Scope
+from mlxpref.objectives.registry import TABLE, Entry, Scope, Text
 from mlxpref.records import Logps
+
+N_GROUPS = 2
+"""Of the made-up examples."""
 
 Spec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
@@ -24,7 +28,7 @@ def resolve_objective(spec: Spec) -> Objective:
 
     Args:
         spec: a name; ``{"name": "dpo", "beta": 0.1, …}``; or a list of these, each with a ``weight``
-            (default 1), whose losses are added. Pair formulas take ``lift`` for lists of K > 2.
+            (default 1), whose losses are added. Pair formulas take ``lift``, for lists of K > 2, and ``weighting``.
 
     Raises:
         ObjectiveError: every unknown name or option, wrong type and value out of range, at once, with
@@ -63,7 +67,8 @@ def _term(item: object, problems: list[str]) -> Term | None:
         problems += found
         return None
     checked = entry.model(**options).model_dump()
-    term = Term(entry, {key: checked[key] for key in entry.options}, number, checked.get("lift", "first_two"))
+    more = {key: checked[key] for key in ("lift", "weighting") if key in checked}
+    term = Term(entry, {key: checked[key] for key in entry.options}, number, **more)
     try:
         _try_out(term)
     except ValueError as error:  # how a formula refuses options that contradict each other
@@ -124,29 +129,61 @@ def _unknown_option(entry: Entry, key: str) -> str:
 # --- trying a formula out on a few numbers -----------------------------------------------------
 
 
-def _example(entry: Entry, repeat: int = 1) -> dict[str, Any]:
+def check_widths(objective: Objective, widths: Mapping[str, int]) -> None:
+    """Before a model loads: do the options fit the data's numbers of rewards a response?
+
+    Args:
+        widths: column → M, for columns (B, K, M); 0 for (B, K).
+
+    Raises:
+        ObjectiveError: a formula refuses them, such as too few weights.
+    """
+    problems = []
+    for term in objective.terms:
+        try:
+            _try_out(term, widths=widths)
+        except ValueError as error:
+            problems.append(f"{term.entry.name}: {error}")
+    raise_all(problems, ObjectiveError, f"the data do not fit the objective {objective.name}:")
+
+
+def _example(term: Term, repeat: int, widths: Mapping[str, int]) -> dict[str, Any]:
     """Four made-up examples with every column the formula names; ``repeat`` says each token again."""
-    rng = np.random.default_rng(0)
+    entry, rng = term.entry, np.random.default_rng(0)
+    weights = term.options.get("weights", ())
+    widths = {"attributes": 2, "margin_rewards": max(0, len(weights) - 1), **widths}
     n, k, tokens = 4, 3 if entry.lists else 2, 5
-    mask = (np.arange(tokens) < rng.integers(2, tokens + 1, (n, k, 1))).astype(np.float64)
+
+    def mask_of(slots: int) -> np.ndarray:
+        return (np.arange(tokens) < rng.integers(2, tokens + 1, (n, slots, 1))).astype(np.float64)
+
+    mask = mask_of(k)
+    masks = {name: mask_of(k if per == "response" else 1) for name, per in entry.texts.items()}
     columns: dict[str, Any] = {}
     for name, kind in entry.columns.items():
-        if isinstance(kind, Scope):
-            logps = -rng.uniform(0.1, 3.0, mask.shape) * mask
-            columns[name] = Logps(np.repeat(logps, repeat, -1), np.repeat(mask, repeat, -1))
+        if isinstance(kind, Scope | Text):
+            own = masks.get(name.removesuffix("_reference"), mask)
+            logps = -rng.uniform(0.1, 3.0, own.shape) * own
+            columns[name] = Logps(np.repeat(logps, repeat, -1), np.repeat(own, repeat, -1))
         elif name == "lengths":
             columns[name] = mask.sum(-1) * repeat
-        elif isinstance(kind, Column):
+        elif kind.per == "token":
+            columns[name] = np.repeat(rng.uniform(0.1, 1.0, mask.shape) * mask, repeat, -1)
+        elif kind.integer:
+            columns[name] = np.arange(n) % N_GROUPS
+        else:
             shape = (n, k) if kind.per == "response" else (n,)
-            columns[name] = np.zeros(shape, int) if kind.integer else -np.sort(-rng.uniform(1, 10, shape))
+            values = -np.sort(-rng.uniform(0.1, 1, shape))
+            columns[name] = np.stack([values] * widths[name], -1) if widths.get(name) else values
     return columns
 
 
-def _try_out(term: Term, repeat: int = 1) -> np.ndarray:
+def _try_out(term: Term, repeat: int = 1, widths: Mapping[str, int] = MappingProxyType({})) -> np.ndarray:
     """Losses of a made-up batch. ValueError: the formula refuses its options. TypeError: for its author."""
-    columns = _example(term.entry, repeat)
+    columns = _example(term, repeat, widths)
+    plain = replace(term, weighting="none")
     with np.errstate(all="ignore"):
-        losses = term(columns, term.start())
+        losses = plain(columns, term.start(N_GROUPS))
     if term.entry.start is not None:
         losses = losses[0]
     if np.shape(losses) != (len(columns["policy"].tokens),):
