@@ -16,6 +16,7 @@ and PyTorch, and safe inside ``mx.compile``. Two choices are made here for all t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,12 @@ def expm1(x: Array) -> Array:
     return library(x).expm1(x)
 
 
+def log1mexp(x: Array) -> Array:
+    """log(1 - e^x) for x < 0, exact near 0 and far out; its slope is ``-1 / expm1(-x)``."""
+    far = log1p(-exp(clip(x, high=-0.5)))  # clipped, since near 0, where it is not taken, its slope is infinite
+    return where(x > -math.log(2), log(-expm1(x)), far)
+
+
 def absolute(x: Array) -> Array:
     """|x|, with gradient 0 at 0."""
     return library(x).abs(x)
@@ -92,6 +99,14 @@ def where(condition: Array, yes: Array, no: Array) -> Array:
     return library(condition, yes, no).where(condition, yes, no)
 
 
+def indicator(condition: Array, like: Array) -> Array:
+    """1 where the condition holds, else 0, constant, in the dtype of the array ``like``. (From two Python
+    numbers PyTorch's ``where`` makes float32, and what it meets in double precision is rounded.)"""
+    if library(condition).__name__ == "torch":
+        return condition.to(like.dtype)
+    return condition.astype(like.dtype)
+
+
 def clip(x: Array, low: float | None = None, high: float | None = None) -> Array:
     """x kept within [low, high]; gradient 1 inside, 0 outside and at the bounds."""
     if low is not None:
@@ -113,6 +128,17 @@ def logsumexp(x: Array, axis: int) -> Array:
     """log Σ e^x over one axis, which disappears."""
     xp = library(x)
     return np.logaddexp.reduce(x, axis) if xp is np else xp.logsumexp(x, axis)
+
+
+def amax(x: Array, axis: int) -> Array:
+    """The largest value along one axis, which disappears; several that are largest share the gradient."""
+    xp = library(x)
+    return xp.amax(x, axis) if hasattr(xp, "amax") else xp.max(x, axis)
+
+
+def amin(x: Array, axis: int) -> Array:
+    """The smallest value along one axis, as ``amax``."""
+    return -amax(-x, axis)
 
 
 def sort(x: Array, axis: int) -> Array:

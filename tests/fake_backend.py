@@ -78,51 +78,66 @@ def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = Fa
 class Step:
     n_compiled = 0
 
-    def __init__(self, policy: Policy, objective: Any) -> None:
+    def __init__(self, policy: Policy, objective: Any, n_groups: int = 1) -> None:
         self.policy, self.objective = policy, objective
         self.moments = {name: np.zeros_like(value) for name, value in policy.weights.items()}
         self.rng = np.random.default_rng(0)
         self.count = 0
+        self.state = objective.initial_state(n_groups)
 
-    def _losses(self, batch: MicroBatch, logps: Logps) -> np.ndarray:
-        columns: dict[str, Any] = {"policy": logps, **batch.extras}
+    def _columns(self, batch: MicroBatch, logps: Logps) -> dict[str, Any]:
+        columns: dict[str, Any] = {**batch.extras, "policy": logps}
+        # Not what a model would say, but something that moves with its weights.
+        columns["overlap"], columns["token_kl"] = 2 * logps.tokens, 0.1 * logps.tokens**2
         if batch.reference is not None:
             columns["reference"] = Logps(batch.reference, batch.mask)
         if batch.scores is not None:
             columns["scores"] = batch.scores
-        return np.asarray(self.objective(columns), np.float64)
+        return columns
 
-    def _slopes(self, batch: MicroBatch, logps: Logps) -> np.ndarray:
-        """(B, K): d loss / d log-prob of each response, by central differences."""
-        slopes = np.zeros(logps.mask.shape[:2])
-        for k in range(slopes.shape[1]):
-            ends = []
-            for h in (1e-5, -1e-5):
-                tokens = logps.tokens.copy()
-                tokens[:, k, 0] += h
-                ends.append(self._losses(batch, Logps(tokens, logps.mask)))
-            slopes[:, k] = (ends[0] - ends[1]) / 2e-5
-        return slopes
+    def _losses(self, batch: Batch, logps: Sequence[Logps]) -> tuple[list[np.ndarray], Any]:
+        given = [self._columns(part, found) for part, found in zip(batch.parts, logps, strict=True)]
+        losses, state = self.objective.apply_parts(given, self.state)
+        return [np.asarray(some, np.float64) for some in losses], state
 
-    def _gradient(self, batch: MicroBatch) -> tuple[np.ndarray, Logps, np.ndarray]:
+    def _slopes(self, batch: Batch, logps: Sequence[Logps]) -> list[np.ndarray]:
+        """For each part (b, S): d of the weighted sum of losses / d log-prob of each slot, by central differences."""
+        found = []
+        for at, part in enumerate(batch.parts):
+            slopes = np.zeros(part.mask.shape[:2])
+            for b, s in np.ndindex(*slopes.shape):
+                ends = []
+                for h in (1e-5, -1e-5):
+                    tokens = logps[at].tokens.copy()
+                    tokens[b, s, 0] += h
+                    moved = [*logps[:at], Logps(tokens, logps[at].mask), *logps[at + 1 :]]
+                    losses, _ = self._losses(batch, moved)
+                    ends.append(sum(float((x * p.weights).sum()) for x, p in zip(losses, batch.parts, strict=True)))
+                slopes[b, s] = (ends[0] - ends[1]) / 2e-5
+            found.append(slopes)
+        return found
+
+    def _gradient(self, batch: MicroBatch, forward: tuple[Any, ...], by_slot: np.ndarray) -> np.ndarray:
         """(V, V) gradient of the summed loss with respect to the logits' table."""
-        logps, before, probabilities = _forward(self.policy, batch)
+        _, before, probabilities = forward
         slopes = np.zeros(len(before) + 1)
-        weighted = self._slopes(batch, logps)[:, :, None] * batch.mask * batch.weights[:, None, None]
-        np.add.at(slopes, batch.place.ravel(), weighted.ravel())
+        np.add.at(slopes, batch.place.ravel(), (by_slot[:, :, None] * batch.mask).ravel())
         table = np.zeros((VOCABULARY, VOCABULARY))
         rows = -slopes[:-1, None] * probabilities
         rows[np.arange(len(before)), batch.targets] += slopes[:-1]
         np.add.at(table, before, rows)
-        return table, logps, self._losses(batch, logps)
+        return table
 
     def __call__(self, batch: Batch, learning_rate: float) -> StepReport:
         calls["update"] += 1
         self.count += 1
         time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", 0)))
-        weights, found = self.policy.weights, [self._gradient(part) for part in batch.parts]
+        weights, forwards = self.policy.weights, [_forward(self.policy, part) for part in batch.parts]
+        logps = [found for found, _, _ in forwards]
+        losses, state = self._losses(batch, logps)
         total = sum(float(part.weights.sum()) for part in batch.parts)
-        table = sum(gradient for gradient, _, _ in found) / total
+        parts = zip(batch.parts, forwards, self._slopes(batch, logps), strict=True)
+        table = sum(self._gradient(*part) for part in parts) / total
         gradients = {
             "lora_a": table @ weights["lora_b"].T,
             "lora_b": weights["lora_a"].T @ table,
@@ -132,16 +147,15 @@ class Step:
         for name in () if skipped else weights:
             self.moments[name] = 0.9 * self.moments[name] + gradients[name] + noise[name]
             weights[name] = weights[name] - learning_rate * self.moments[name]
-        return _report(batch, found, float(np.sqrt(sum((g**2).sum() for g in gradients.values()))), skipped)
+        self.state = self.state if skipped else state
+        norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
+        return _report(batch, logps, losses, norm, skipped)
 
     def evaluate(self, batch: Batch) -> StepReport:
         calls["evaluate"] += 1
         time.sleep(float(os.environ.get("FAKE_EVAL_SECONDS", 0)))
-        found = []
-        for part in batch.parts:
-            logps = _forward(self.policy, part)[0]
-            found.append((None, logps, self._losses(part, logps)))
-        return _report(batch, found, 0.0, False)
+        logps = [_forward(self.policy, part)[0] for part in batch.parts]
+        return _report(batch, logps, self._losses(batch, logps)[0], 0.0, False)
 
     def save_state(self, folder: Path) -> None:
         # safetensors writes the memory as it lies: transposed arrays must be laid out first
@@ -149,6 +163,7 @@ class Step:
         state |= {f"m.{name}": np.ascontiguousarray(value) for name, value in self.moments.items()}
         state["rng"] = np.frombuffer(json.dumps(self.rng.bit_generator.state).encode(), np.uint8)
         state["count"] = np.array([self.count])
+        state |= {f"o.{name}.{i}": np.atleast_1d(np.asarray(v, np.float64)) for name, i, v in self._carried()}
         _write(folder / "step_state.safetensors", save(state))
 
     def load_state(self, folder: Path) -> None:
@@ -158,25 +173,33 @@ class Step:
         self.moments = {name: state[f"m.{name}"] for name in self.moments}
         self.rng.bit_generator.state = json.loads(bytes(state["rng"]))
         self.count = int(state["count"][0])
+        for name, own in self.state.items():
+            values = [state[f"o.{name}.{i}"].reshape(np.shape(value)) for i, value in enumerate(own)]
+            self.state[name] = type(own)(*values)
+
+    def _carried(self) -> Iterator[tuple[str, int, Any]]:
+        return ((name, i, value) for name, own in self.state.items() for i, value in enumerate(own))
 
 
-def _report(batch: Batch, found: Sequence[Any], norm: float, skipped: bool) -> StepReport:
-    losses = np.concatenate([losses for _, _, losses in found])
+def _report(
+    batch: Batch, found: Sequence[Logps], of_parts: Sequence[np.ndarray], norm: float, skipped: bool
+) -> StepReport:
+    losses = np.concatenate(list(of_parts))
     first = batch.parts[0].reference is not None
     references = [(part.reference * part.mask).sum(-1) for part in batch.parts] if first else None
     return StepReport(
         loss=float("nan") if skipped else float(losses.mean()),
         losses=np.full_like(losses, np.nan) if skipped else losses,
-        policy_sums=stack_lists([logps.sums for _, logps, _ in found], np.nan),
+        policy_sums=stack_lists([logps.sums for logps in found], np.nan),
         reference_sums=None if references is None else stack_lists(references, np.nan),
-        lengths=stack_lists([logps.lengths for _, logps, _ in found], 0.0),
+        lengths=stack_lists([logps.lengths for logps in found], 0.0),
         grad_norm=float("nan") if skipped else norm,
         skipped=skipped,
     )
 
 
-def make_step(policy: Policy, objective: Any, **_: Any) -> Step:
-    return Step(policy, objective)
+def make_step(policy: Policy, objective: Any, *, n_groups: int = 1, **_: Any) -> Step:
+    return Step(policy, objective, n_groups)
 
 
 def save_adapter(policy: Policy, folder: Path, *, extra: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from decimal import Context, Decimal
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,59 @@ def test_slopes_agree_at_kinks_and_at_zero(library: Library, function: Any, expe
     np.testing.assert_allclose(got, [expected(x) for x in POINTS], rtol=3e-6, atol=1e-7)
 
 
+BELOW_ZERO = [-300.0, -30.0, -2.0, -0.7, -0.693, -0.5, -1e-3, -1e-6, -1e-9]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_log1mexp_keeps_its_digits_near_zero_and_far_out(library: Library) -> None:
+    """Finds: 1 - e^x rounded to 0 near 0, where log-odds then are infinite, or to 1 far out."""
+    got = host(ops.log1mexp(library.array(BELOW_ZERO)))
+    exact = Context(prec=200)
+    expected = [float(exact.ln(1 - exact.exp(Decimal(x)))) for x in BELOW_ZERO]
+    tolerance = 1e-12 if library is not MLX else 2e-6
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=1e-44)
+
+
+@pytest.mark.parametrize("library", DIFFERENTIABLE)
+def test_the_slope_of_log1mexp_is_finite_on_both_branches(library: Library) -> None:
+    """Finds: the slope of the branch not taken, infinite or NaN, leaking into the sum."""
+    got = slope(library, ops.log1mexp, BELOW_ZERO)
+    np.testing.assert_allclose(got, [-1 / math.expm1(-x) for x in BELOW_ZERO], rtol=3e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_largest_and_smallest_along_an_axis(library: Library) -> None:
+    x = library.array([[[3.0, 1.0], [2.0, 5.0]], [[0.0, -5.0], [-9.0, 900.0]]])
+    np.testing.assert_array_equal(host(ops.amax(x, 1)), [[3, 5], [0, 900]])
+    np.testing.assert_array_equal(host(ops.amin(x, 1)), [[2, 1], [-9, -5]])
+    np.testing.assert_array_equal(host(ops.amin(x, -1)), [[1, 2], [-5, -9]])
+
+
+@pytest.mark.parametrize("library", DIFFERENTIABLE)
+def test_equal_extremes_share_the_gradient(library: Library) -> None:
+    """Finds: a library that sends the gradient to one of the tied values, or the whole to each."""
+    values = [[3.0, 1.0, 3.0], [0.0, -5.0, -5.0]]
+    np.testing.assert_array_equal(slope(library, lambda x: ops.amax(x, 1), values), [[0.5, 0, 0.5], [1, 0, 0]])
+    np.testing.assert_array_equal(slope(library, lambda x: ops.amin(x, 1), values), [[0, 1, 0], [0, 0.5, 0.5]])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_indicator_has_the_dtype_of_its_model(library: Library) -> None:
+    """Finds: ones in float32 that round what they are multiplied by, where the rest is float64."""
+    x = library.array([0.5, -0.5, 0.0])
+    got = ops.indicator(x >= 0, x)
+    assert got.dtype == x.dtype
+    np.testing.assert_array_equal(host(got), [1, 0, 1])
+
+
+@pytest.mark.parametrize("library", DIFFERENTIABLE)
+def test_an_indicator_is_a_constant(library: Library) -> None:
+    """Finds: a condition through which a gradient flows, or which stops ``mx.compile``."""
+    np.testing.assert_array_equal(
+        slope(library, lambda x: ops.indicator(x > 0, x) * x, POINTS), np.heaviside(POINTS, 0)
+    )
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_functions_along_an_axis(library: Library) -> None:
     x = library.array([[3.0, 1.0, 2.0], [0.0, -5.0, 900.0]])
@@ -87,7 +141,9 @@ def test_functions_along_an_axis(library: Library) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("function", [ops.relu, ops.sigmoid, ops.log_sigmoid, lambda x: ops.clip(x, 0, 1)])
+@pytest.mark.parametrize(
+    "function", [ops.relu, ops.sigmoid, ops.log_sigmoid, lambda x: ops.clip(x, 0, 1), lambda x: ops.log1mexp(x - 1)]
+)
 def test_a_python_number_does_not_change_the_dtype(library: Library, function: Any) -> None:
     """Finds: a formula that is silently float64 on one side of a comparison."""
     x = library.array([0.5, -0.5])

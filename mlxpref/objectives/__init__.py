@@ -14,7 +14,16 @@ The families, by what a formula looks at:
 A new family is a new module here; ``docs/adding-an-objective.md`` shows a new formula.
 """
 
-from mlxpref.objectives import margin, policy_only  # fills TABLE
+from mlxpref.objectives import (  # fills TABLE
+    batchwise,
+    listwise,
+    margin,
+    policy_only,
+    ratios,
+    scored,
+    texts,
+    tokenwise,
+)
 from mlxpref.objectives.mixture import Objective
 from mlxpref.objectives.registry import (
     TABLE,
@@ -33,7 +42,7 @@ from mlxpref.objectives.registry import (
     TextLogps,
     objective,
 )
-from mlxpref.objectives.resolve import find_objective, resolve_objective
+from mlxpref.objectives.resolve import check_widths, find_objective, resolve_objective
 
 __all__ = [
     "TABLE",
@@ -51,9 +60,16 @@ __all__ = [
     "Positive",
     "Share",
     "TextLogps",
+    "batchwise",
+    "check_widths",
     "find_objective",
+    "listwise",
     "margin",
     "objective",
     "policy_only",
+    "ratios",
     "resolve_objective",
+    "scored",
+    "texts",
+    "tokenwise",
 ]

@@ -53,7 +53,7 @@ class Moments(NamedTuple):
 
     Attributes:
         mean, std: of the margins per token, nats; std with 1/B under the root.
-        started: 0 before the first batch, whose moments are taken as they are; 1 after.
+        started: 0 before the first batch with a spread, whose moments are taken as they are; 1 after.
     """
 
     mean: Any = 0.0
@@ -65,7 +65,7 @@ class GroupWeights(NamedTuple):
     """How much each group counts.
 
     Attributes:
-        q: (G,) > 0, sum 1.
+        q: (G,) ≥ 0, sum 1.
     """
 
     q: Any
@@ -165,9 +165,7 @@ def kto(
 
 
 @objective
-def aot(
-    policy: BatchLogps, reference: Logps, *, beta: Positive = 0.01, label_smoothing: FlipRate = 0.0
-) -> Array:
+def aot(policy: BatchLogps, reference: Logps, *, beta: Positive = 0.01, label_smoothing: FlipRate = 0.0) -> Array:
     r"""Alignment by optimal transport, paired: the policy's margins, sorted, against the reference's, sorted.
 
     .. math::
@@ -239,7 +237,7 @@ def alpha_dpo(
 
     Args:
         policy, reference: log-probs of a whole batch of pairs, (B, 2, L), nats. Of at least 2: one pair has no spread.
-        state: μ and s; this batch counts before they are used, and the first sets them.
+        state: μ and s; this batch counts before they are used, and the first that has a spread sets them.
         beta: scale of the reward, tokens/nat; 2.5 to 10.
         gamma: the margin asked for, absolute. The official settings give the ratio γ/β (0.15 to 0.6): multiply by β.
         alpha: how much more for one standard deviation, nats per token; 0 is SimPO. 0.05 to 0.2.
@@ -260,7 +258,9 @@ def alpha_dpo(
     mean, std = (kept * old + (1 - kept) * new for old, new in zip((state.mean, state.std), now, strict=True))
     more = (margins - mean) / ops.clip(std, low=SMALLEST_STD)
     losses = -log_sigmoid(beta * (chosen - rejected - alpha * more) - gamma)
-    return losses, Moments(mean, std, _as_array(1.0, mean))
+    # Where policy = reference, as in the first step of an adapter, there is no spread to start from.
+    spread = ops.indicator(now[1] > SMALLEST_STD, now[1])
+    return losses, Moments(mean, std, ops.where(spread > 0, spread, _as_array(state.started, spread)))
 
 
 @objective
@@ -294,13 +294,14 @@ def group_robust(
         reference and every group is in the batch. And the state.
 
     Convention: log-ratios are summed over tokens. A batch without some group weighs less in all, as in the official
-    code, whose adjustment C/√N_g of small groups is left out. q is kept above 1e-30, from where it can come back.
+    code, whose adjustment C/√N_g of small groups is left out. A weight below 1e-30 is read as that at the next step,
+    so that no group is lost for good.
     Source: Ramesh et al. 2024, arXiv:2405.20304; code rsshyam/Group-robust-preference-optimization, ``rdpo``, ``ripo``.
     Also known as: gr_dpo; gr_ipo; ripo.
     """
     losses = (dpo if loss_type == "dpo" else ipo)(policy, reference, beta=beta)
     index = _as_array(np.arange(state.q.shape[0]), groups)
-    member = ops.where(groups[:, None] == index, 1.0, 0.0)
+    member = ops.indicator(groups[:, None] == index, losses)
     counts = ops.clip(member.sum(0), low=1.0)
     group_losses = (member * stop_gradient(losses)[:, None]).sum(0) / counts
     logits = ops.log(ops.clip(_as_array(state.q, losses), low=SMALLEST_WEIGHT)) + eta * group_losses
@@ -347,7 +348,7 @@ def selfie(
     new = stop_gradient(margins)
     window, seen, step = (_as_array(part, new) for part in state)
     doubtful = (new <= _quantile(window, seen, quantile)) & (seen > 0) & (step >= after)
-    losses = smoothed(beta * margins, ops.where(doubtful, alpha, 0.0))
+    losses = smoothed(beta * margins, alpha * ops.indicator(doubtful, new))
     window = ops.concatenate([window, new], 0)[-WINDOW:]
     return losses, MarginWindow(window, ops.clip(seen + new.shape[0], high=float(WINDOW)), step + 1)
 

@@ -44,11 +44,12 @@ def pro(policy: ListLogps, scores: PerResponse, *, sft: NonNegative = 0.05) -> A
             (K − 1)².
 
     Returns:
-        (B,) losses, without a reference. A response that none is worse than adds a constant.
+        (B,) losses. Where all later responses have the score of the k-th, its term is a constant without
+        gradient, the logarithm of their number and it.
 
-    Convention: log-probs are averaged per response token; scores are as they are, so their scale matters
-    (reward-model scores of a few units in the paper).
-    Source: Song et al. 2023, arXiv:2306.17492, Eq. 7 to 9; (K − 1)²: its official code.
+    Convention: log-probs are averaged per response token; scores are taken as they are, so their scale
+    matters.
+    Source: Song et al. 2023, arXiv:2306.17492; (K − 1)²: its official code.
     """
     m, n = policy.means, policy.tokens.shape[1]
     losses = sft * (n - 1) ** 2 * nll(policy)
@@ -127,7 +128,7 @@ def experimental_info_nca(
     Source: Chen et al. 2024, arXiv:2402.05369.
     """
     r = beta * list_log_ratios(policy, reference)
-    return -(exp(_log_softmax(scores / alpha)) * _log_softmax(r)).sum(-1)
+    return -(_shares(scores, alpha) * _log_softmax(r)).sum(-1)
 
 
 @objective
@@ -154,7 +155,7 @@ def experimental_nca(
     Source: Chen et al. 2024, arXiv:2402.05369.
     """
     r = beta * list_log_ratios(policy, reference)
-    return -(exp(_log_softmax(scores / alpha)) * log_sigmoid(r)).sum(-1) - log_sigmoid(-r).mean(-1)
+    return -(_shares(scores, alpha) * log_sigmoid(r)).sum(-1) - log_sigmoid(-r).mean(-1)
 
 
 @objective
@@ -209,6 +210,11 @@ def _ranks(r: Array) -> Array:
         after = [indicator(other > own, r) for other in columns[i + 1 :]]
         ranks.append(1 + sum(before + after))
     return stack(ranks, 1)
+
+
+def _shares(scores: Array, alpha: float) -> Array:
+    """softmax(s/α) over a list; from its largest score on, since s/α may be large and float32 coarse there."""
+    return exp(_log_softmax((scores - amax(scores, 1)[:, None]) / alpha))
 
 
 def _log_softmax(x: Array) -> Array:

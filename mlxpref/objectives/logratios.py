@@ -7,6 +7,9 @@ from typing import Any
 from mlxpref.ops import Array, log_sigmoid
 from mlxpref.records import Logps
 
+LARGEST_EXPONENT = 80.0
+"""e^80 = 5.5e34 leaves room below the largest float32, 3.4e38."""
+
 Pair = tuple[Array, Array]
 """Of the chosen and of the rejected response."""
 

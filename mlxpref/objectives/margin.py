@@ -11,13 +11,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mlxpref.objectives.logratios import margin, mean_margin, smoothed
+from mlxpref.objectives.logratios import LARGEST_EXPONENT, margin, mean_margin, smoothed
 from mlxpref.objectives.registry import FlipRate, NonNegative, PerResponse, Positive, objective
-from mlxpref.ops import Array, exp, log_sigmoid, relu, sigmoid
+from mlxpref.ops import Array, clip, exp, log_sigmoid, relu, sigmoid
 from mlxpref.records import Logps
 
 Smoothing = Annotated[float, Field(gt=0, lt=0.5)]
-Temperature = Annotated[float, Field(gt=0, le=1)]
 FocalPower = Annotated[float, Field(ge=0, lt=1 / math.log(2))]
 
 
@@ -45,9 +44,7 @@ def dpo(policy: Logps, reference: Logps, *, beta: Positive = 0.1, label_smoothin
 
 
 @objective
-def robust(
-    policy: Logps, reference: Logps, *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1
-) -> Array:
+def robust(policy: Logps, reference: Logps, *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1) -> Array:
     r"""Robust DPO: an unbiased estimate of the clean DPO loss when labels flip at a known rate.
 
     .. math::
@@ -183,9 +180,7 @@ def r_dpo(
 
 
 @objective
-def exo_pair(
-    policy: Logps, reference: Logps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 1e-3
-) -> Array:
+def exo_pair(policy: Logps, reference: Logps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 1e-3) -> Array:
     r"""EXO on pairs: the reverse KL divergence from the model's preference to the smoothed label.
 
     .. math::
@@ -214,19 +209,20 @@ def exo_pair(
 
 
 @objective
-def discopop(policy: Logps, reference: Logps, *, beta: Positive = 0.05, tau: Temperature = 0.05) -> Array:
+def discopop(policy: Logps, reference: Logps, *, beta: Positive = 0.05, tau: Positive = 0.05) -> Array:
     r"""DiscoPOP: logistic where the margin is negative, exponential where it is positive.
 
     .. math:: -(1-m) \log\sigma(z) + m e^{-z}, \qquad m = \sigma(z/\tau), \quad z = \beta\Delta
 
     A loss found by a language model's search. It is not convex, nor monotone near 0: for τ = 0.05 it is
-    0.7874 at z = −0.1 and 0.8737 at z = 0.1.
+    0.7874 at z = −0.1 and 0.8737 at z = 0.1. Its slope at 0, where training starts, is (1 − log 2)/(4τ) − ¾:
+    for τ below 0.102, so at the default, the first steps lower the margin.
 
     Args:
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         beta: strength of the pull towards the reference, 1/nats.
-        tau: width in z of the change from one form to the other; at most 1, since beyond it the loss of a
-            bad pair grows exponentially.
+        tau: width in z of the change from one form to the other. Above 1 the loss of a bad pair grows
+            exponentially; its exponent is then cut at 80, beyond which that part has no gradient.
 
     Returns:
         (B,) losses; (log 2 + 1)/2 = 0.8466 where policy = reference.
@@ -237,7 +233,8 @@ def discopop(policy: Logps, reference: Logps, *, beta: Positive = 0.05, tau: Tem
     """
     z = beta * margin(policy, reference)
     # m e^-z as one exponential: e^-z alone overflows where m is nearly 0.
-    return -sigmoid(-z / tau) * log_sigmoid(z) + exp(log_sigmoid(z / tau) - z)
+    exponential = exp(clip(log_sigmoid(z / tau) - z, high=LARGEST_EXPONENT))
+    return -sigmoid(-z / tau) * log_sigmoid(z) + exponential
 
 
 @objective

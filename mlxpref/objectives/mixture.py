@@ -53,7 +53,9 @@ class Term:
         if self.weighting == "wpo":
             losses = losses * wpo_weights(taken["policy"], taken["overlap"])
         if pairs is not None:
-            losses = mean_over_pairs(losses, pairs, columns.get("goal_distances"), self.lift)
+            # A coupled formula's losses need not be in the order of the rows, and it has one pair an example.
+            distances = None if self.entry.batch else columns.get("goal_distances")
+            losses = mean_over_pairs(losses, pairs, distances, self.lift)
         return losses if self.entry.start is None else (losses, state)
 
     def joined(self, parts: Sequence[Columns]) -> Columns:
@@ -160,7 +162,8 @@ class Objective:
                 "name": term.entry.name,
                 "weight": term.weight,
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in term.options.items()},
-                **({} if term.entry.lists else {"lift": term.lift, "weighting": term.weighting}),
+                **({} if term.entry.lists else {"lift": term.lift}),
+                **({} if term.entry.lists or term.entry.batch else {"weighting": term.weighting}),
             }
             for term in self.terms
         ]

@@ -148,16 +148,14 @@ def orpo(policy: Logps, *, beta: NonNegative = 0.1) -> Array:
 
     Convention: log-probs are averaged per response token; in the odds m is held at −1e-6 or below, since
     they are infinite at 0. TRL's ORPO trainer averages −m_w over all chosen tokens of a batch.
-    Source: Hong, Lee, Thorne 2024, arXiv:2403.07691, Eq. 6 and 7.
+    Source: Hong, Lee, Thorne 2024, arXiv:2403.07691.
     """
     chosen, rejected = _log_odds(policy)
     return sft(policy) - beta * log_sigmoid(chosen - rejected)
 
 
 @objective
-def slic(
-    policy: Logps, *, beta: Positive = 1.0, delta: Positive = 1.0, sft_weight: NonNegative = 1.0
-) -> Array:
+def slic(policy: Logps, *, beta: Positive = 1.0, delta: Positive = 1.0, sft_weight: NonNegative = 1.0) -> Array:
     r"""SLiC: a hinge on the log-probs of the two responses, held in place by a likelihood term.
 
     .. math:: \max\bigl(0, \delta - \beta(\ell_w - \ell_l)\bigr) - \lambda\, \ell_w

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mlxpref.objectives.logratios import log_ratios, margin, means
+from mlxpref.objectives.logratios import LARGEST_EXPONENT, log_ratios, margin, means
 from mlxpref.objectives.registry import NonNegative, PerResponse, Positive, objective
 from mlxpref.ops import Array, clip, expm1, log_sigmoid, relu, sigmoid
 from mlxpref.records import Logps
-
-LARGEST_EXPONENT = 80.0
-"""e^80 = 5.5e34 leaves room below the largest float32, 3.4e38."""
 
 
 @objective
@@ -72,8 +69,8 @@ def dpop(policy: Logps, reference: Logps, *, beta: Positive = 0.1, penalty: NonN
     Args:
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         beta: strength of the pull towards the reference, 1/nats.
-        penalty: λ, nats of margin lost for each nat the chosen response has lost; 5 to 500 were tried, and
-            the paper's β with it is 0.3 as far as could be confirmed.
+        penalty: λ, nats of margin lost for each nat the chosen response has lost. The paper's grid, said
+            to be 5 to 500 and with a β of 0.3, could not be confirmed.
 
     Returns:
         (B,) losses; log 2 where policy = reference, where the penalty has slope 0.
@@ -259,9 +256,7 @@ def minor_dpo(policy: Logps, reference: Logps, *, beta: Positive = 0.1) -> Array
 
 
 @objective
-def flex_dpo(
-    policy: Logps, reference: Logps, *, beta_chosen: Positive = 0.1, beta_rejected: Positive = 0.05
-) -> Array:
+def flex_dpo(policy: Logps, reference: Logps, *, beta_chosen: Positive = 0.1, beta_rejected: Positive = 0.05) -> Array:
     r"""Flex-DPO: DPO with a strength for each response, to spare the rejected one.
 
     .. math:: -\log\sigma(\beta_w a_w - \beta_l a_l)

@@ -160,7 +160,8 @@ class Entry:
         """The options as a pydantic model: unknown names, wrong types and ranges are its errors.
 
         Text that reads as a number counts as one (YAML takes ``1e-5`` for text). Objectives for
-        pairs have two options more, ``lift`` and ``weighting``; those that couple a batch read lists one way only.
+        pairs have two options more, ``lift`` and ``weighting``; those that couple a batch have one way to read
+        lists, and no weighting.
         """
         fields: dict[str, Any] = {
             o.name: (Annotated[o.annotation, Field(description=o.help)], o.default)
@@ -168,6 +169,7 @@ class Entry:
         }
         if not self.lists:
             fields["lift"] = (Literal["best_worst"], "best_worst") if self.batch else (Lift, "first_two")
+        if not self.lists and not self.batch:  # losses of a sorted batch are nobody's own
             fields["weighting"] = (Weighting, "none")
         config = ConfigDict(extra="forbid", allow_inf_nan=False)
         return create_model(self.name, __config__=config, **fields)

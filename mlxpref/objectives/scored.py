@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mlxpref import ops
 from mlxpref.objectives.logratios import margin, smoothed
 from mlxpref.objectives.policy_only import sft
 from mlxpref.objectives.registry import (
@@ -23,23 +24,11 @@ from mlxpref.objectives.registry import (
     Share,
     objective,
 )
-from mlxpref.ops import (
-    Array,
-    absolute,
-    amin,
-    clip,
-    expm1,
-    log,
-    log1p,
-    log_sigmoid,
-    sigmoid,
-    stop_gradient,
-)
+from mlxpref.ops import Array, log_sigmoid, sigmoid
 from mlxpref.records import Logps
 
-SMALLEST_GAP = 1e-3
-"""Below it the logarithm of a gap of scores is not taken."""
-SMALLEST_BETA = 1e-3
+LEAST = 1e-3
+"""Below which a gap of scores is not taken the logarithm of, and no β falls."""
 
 
 @objective
@@ -105,7 +94,7 @@ def reward_aware(
         losses = (z - asked) ** 2
     else:
         losses = _divergence(asked, z) if divergence == "bwd_kl" else _divergence(z, asked)
-    return losses + sft_weight * sft(policy) if sft_weight else losses
+    return losses + sft_weight * sft(policy)
 
 
 @objective
@@ -162,7 +151,7 @@ def odpo(
     Source: Amini, Vieira, Cotterell 2024, arXiv:2402.10571.
     """
     gap = _gap(scores)
-    asked = log(clip(gap, low=SMALLEST_GAP)) if offset == "log" else gap
+    asked = ops.log(ops.clip(gap, low=LEAST)) if offset == "log" else gap
     return -log_sigmoid(beta * margin(policy, reference) - alpha * asked)
 
 
@@ -196,7 +185,7 @@ def mm_dpo(
     official trainer runs backwards (1 means none); here there is none.
     Source: Zhang et al. 2025, arXiv:2502.10391 (MM-RLHF).
     """
-    scaled = clip(beta * (1 - w * expm1(-k * absolute(_gap(scores)))), low=SMALLEST_BETA)
+    scaled = ops.clip(beta * (1 - w * ops.expm1(-k * ops.absolute(_gap(scores)))), low=LEAST)
     return -log_sigmoid(scaled * margin(policy, reference))
 
 
@@ -231,13 +220,10 @@ def modpo(
     Convention: log-ratios are summed over tokens.
     Source: Zhou et al. 2023, arXiv:2310.03708.
     """
-    first, *others = weights
     rewards = margin_rewards.reshape(*margin_rewards.shape[:2], -1)
     _check_weights(weights, rewards.shape[2])
-    z = beta * margin(policy, reference)
-    for weight, gap in zip(others, (_gap(rewards[:, :, i]) for i in range(len(others))), strict=True):
-        z = z - weight * gap
-    return -log_sigmoid(z / first)
+    others = sum(weight * _gap(rewards[:, :, i]) for i, weight in enumerate(weights[1:]))
+    return -log_sigmoid((beta * margin(policy, reference) - others) / weights[0])
 
 
 @objective
@@ -312,8 +298,8 @@ def _divergence(u: Array, v: Array) -> Array:
 
 def _soft_minimum(x: Array, tau: float) -> Array:
     """−τ log mean e^(−x/τ). From the minimum on, so that neither a small nor a large τ loses digits."""
-    least = stop_gradient(amin(x, 0))
-    return least - tau * log1p(expm1((least - x) / tau).mean(0))
+    least = ops.stop_gradient(ops.amin(x, 0))
+    return least - tau * ops.log1p(ops.expm1((least - x) / tau).mean(0))
 
 
 def _check_weights(weights: tuple[float, ...], n_rewards: int) -> None:

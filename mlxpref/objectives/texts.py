@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mlxpref.objectives.logratios import Pair, list_log_ratios, margin, sums
+from mlxpref.objectives.logratios import list_log_ratios, margin
 from mlxpref.objectives.margin import dpo
 from mlxpref.objectives.policy_only import orpo, sft
 from mlxpref.objectives.registry import (
@@ -52,9 +52,7 @@ def rationale_dpo(
 
 
 @objective
-def rationale_orpo(
-    policy: Logps, rationale: TextLogps, *, beta: NonNegative = 0.1, gamma: NonNegative = 0.01
-) -> Array:
+def rationale_orpo(policy: Logps, rationale: TextLogps, *, beta: NonNegative = 0.1, gamma: NonNegative = 0.01) -> Array:
     r"""ORPO that also learns to say why.
 
     .. math:: \text{orpo} - \gamma\, \ell_{\mathrm{rat}} / n_{\mathrm{rat}}
@@ -132,9 +130,7 @@ def selm(
 
 
 @objective
-def xpo(
-    policy: Logps, reference: Logps, third: TextLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1e-5
-) -> Array:
+def xpo(policy: Logps, reference: Logps, third: TextLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1e-5) -> Array:
     r"""XPO: DPO with an exploration bonus for making responses of the reference unlikely.
 
     .. math:: -\log\sigma(\beta\Delta) + \alpha\, \ell_3
@@ -219,16 +215,11 @@ def inpo(
     Convention: log-probs are summed over tokens.
     Source: Zhang et al. 2024, arXiv:2407.00617.
     """
-    chosen, rejected = _less(sums(policy), previous)
-    share = tau / eta
-    h = share * margin(policy, reference) + (1 - share) * (chosen - rejected)
+    share, moved = tau / eta, policy.sums - previous
+    h = share * margin(policy, reference) + (1 - share) * (moved[:, 0] - moved[:, 1])
     return (h - 1 / (2 * eta)) ** 2
 
 
 def _only(text: Logps, reference: Logps) -> Array:
     """(B,): a of the one further text of each example."""
     return list_log_ratios(text, reference)[:, 0]
-
-
-def _less(pair: Pair, sums: Array) -> Pair:
-    return pair[0] - sums[:, 0], pair[1] - sums[:, 1]
