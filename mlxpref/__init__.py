@@ -29,6 +29,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "objectives": ("Objective", "objective", "resolve_objective"),
     "metrics": ("step_metrics",),
     "reference": ("ReferenceStore", "reference_logps"),
+    "momentum": ("momentum_logps",),
+    "adapters": ("read_adapter", "write_adapter"),
+    "merging": ("extrapolate", "interpolate"),
     "backends": ("get_backend",),
 }  # fmt: skip
 """Module -> its public names."""

@@ -15,13 +15,15 @@ from mlxpref.callbacks import RunStart, TrainCallback
 from mlxpref.config import Config
 from mlxpref.config_layers import dump_config
 from mlxpref.data.batching import collate_step
+from mlxpref.data.columns import available_columns, widths_of
 from mlxpref.data.plan import Plan, plan_steps
 from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, raise_all
 from mlxpref.facts import adapter_facts, check_same, check_start, describe, run_facts
 from mlxpref.loop import Loop, LoopSettings, Progress, Work
 from mlxpref.metrics import step_metrics
-from mlxpref.objectives import Objective
+from mlxpref.momentum import momentum_logps
+from mlxpref.objectives import Objective, check_widths
 from mlxpref.prepare import Prepared, prepare
 from mlxpref.records import Batch, StepReport, Tokenized
 from mlxpref.reference import ReferenceStore, default_store_folder, kinds_of, reference_logps
@@ -61,6 +63,11 @@ class Assembly:
     run: RunFolder
     listeners: TrainCallback
     now: Callable[[], datetime]
+    prepared: Prepared | None = None
+
+    def check(self) -> None:
+        """Raise what is wrong with configuration and data, as far as it shows before a model loads."""
+        self._eval_every(self._data())
 
     def loop(self, resume: bool, clock: Callable[[], float]) -> Loop:
         config, run = self.config, self.run
@@ -91,7 +98,7 @@ class Assembly:
             valid = splits["valid"]
             often = "every step" if eval_every == 1 else f"every {eval_every} steps"
             self.listeners.on_note(f"evaluation: {valid.visited} of {counted(len(valid.rows), 'row')} {often}")
-        step = self._step(policy)
+        step = self._step(policy, n_groups=len(data.groups))
         progress = Progress()
         if checkpoint is not None:
             step.load_state(checkpoint.folder)
@@ -120,10 +127,19 @@ class Assembly:
 
     def _data(self) -> Prepared:
         check_start(self.config)
-        data = prepare(self.config)
+        self._check_reference()
+        data = prepare(self.config, needs=self.objective.needs) if self.prepared is None else self.prepared
         rows = (*data.train, *data.valid)
-        self.objective.check_columns({"reference"} | _columns_of(rows))
+        self.objective.check_columns(available_columns(rows))
+        check_widths(self.objective, widths_of(rows[0]))
         return data
+
+    def _check_reference(self) -> None:
+        """ConfigError for settings of a reference that the objective does not look at."""
+        given = self.config.reference
+        unused = [f"reference.{key}" for key in ("update", "previous") if getattr(given, key) is not None]
+        if unused and "reference" not in self.objective.needs:
+            raise ConfigError(f"{' and '.join(unused)}: {self.objective.name} has no reference; leave it out")
 
     def _eval_every(self, data: Prepared) -> int:
         """Steps between evaluations; 0 for none. ConfigError if some are asked for and cannot be made."""
@@ -206,7 +222,7 @@ class Assembly:
             end=given.end,
         )
 
-    def _step(self, policy: Any) -> Any:
+    def _step(self, policy: Any, n_groups: int) -> Any:
         optimizer = self.config.optimizer
         return self.machine.make_step(
             policy,
@@ -216,6 +232,8 @@ class Assembly:
             weight_decay=optimizer.weight_decay,
             max_grad_norm=optimizer.max_grad_norm,
             seed=self.config.training.seed,
+            n_groups=max(1, n_groups),
+            reference_update=self.config.reference.update_arguments(),
         )
 
     def _references(
@@ -226,35 +244,52 @@ class Assembly:
         if eval_every:
             plans["valid"] = self._plan_evaluation(data.valid, policy)
         rows = {"train": data.train, "valid": data.valid}
-        if "reference" not in self.objective.needs:
-            self.listeners.on_note("reference log-probs: not needed")
+        moving = self.config.reference.update is not None
+        if moving or "reference" not in self.objective.needs:
+            self.listeners.on_note("reference log-probs: " + ("computed in every step" if moving else "not needed"))
             return {name: Split(rows[name], plans[name], None) for name in plans}
+        wanted = [(name, index) for name, plan in plans.items() for index in _visited(plan)]
+        some = [rows[name][index] for name, index in wanted]
+        logps = self._reference_logps(some, policy)
+        given = self.config.reference
+        if given.previous is not None and given.momentum is not None:
+            logps = momentum_logps(logps, self._previous_logps(some, given.previous), given.momentum)
+        found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in rows[name]] for name in plans}
+        for (name, index), row in zip(wanted, logps, strict=True):
+            found[name][index] = row
+        return {name: Split(rows[name], plans[name], found[name]) for name in plans}
+
+    def _previous_logps(self, rows: Sequence[Tokenized], folder: str) -> list[list[np.ndarray]]:
+        """Of the adapter the round before started from; its model leaves memory again."""
+        model = self.config.model
+        self.listeners.on_note(f"reference.previous: {folder}")
+        previous = self.machine.load_policy(model.path, revision=model.revision, dtype=model.dtype, init_from=folder)
+        return self._reference_logps(rows, previous)
+
+    def _reference_logps(self, rows: Sequence[Tokenized], policy: Any) -> list[list[np.ndarray]]:
         folder = self.config.reference.store
         store = ReferenceStore(Path(folder) if folder else default_store_folder(), policy.fingerprint)
         for text in store.said:
             self.listeners.on_note(f"warning: {text}")
-        wanted = [(name, index) for name, plan in plans.items() for index in _visited(plan)]
         logps, counts = reference_logps(
-            [rows[name][index] for name, index in wanted],
+            rows,
             self.machine,
             policy,
             store,
             micro_batch_tokens=self.config.batching.micro_batch_tokens,
-            max_shapes=self._shapes(4, [rows[name][index] for name, index in wanted]),
+            max_shapes=self._shapes(4, rows),
             on_progress=lambda done, total: self.listeners.on_progress("reference", done, total),
         )
-        found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in rows[name]] for name in plans}
-        for (name, index), row in zip(wanted, logps, strict=True):
-            found[name][index] = row
         self.listeners.on_note(str(counts))
-        return {name: Split(rows[name], plans[name], found[name]) for name in plans}
+        return logps
 
     # --- what the loop calls ---
 
     def _work(self, policy: Any, step: Any, splits: Mapping[str, Split], facts: Mapping[str, Any]) -> Work:
         objective, machine = self.objective, self.machine
         train_split = splits["train"]
-        columns = objective.reads & (objective.needs | _columns_of([r for s in splits.values() for r in s.rows]))
+        rows = [row for split in splits.values() for row in split.rows]
+        columns = objective.reads & (objective.from_data | available_columns(rows))
 
         def save_adapter(folder: Path, done: int) -> None:
             machine.save_adapter(policy, folder, extra=adapter_facts(facts, done))
@@ -283,12 +318,6 @@ class Assembly:
             tokens=lambda batch: sum(train_split.rows[i].n_tokens for part in batch.rows for i in part),
             memory=machine.memory,
         )
-
-
-def _columns_of(rows: Sequence[Tokenized]) -> set[str]:
-    """Columns that every row has."""
-    there = set.intersection(*(set(row.extras) for row in rows))
-    return there | {"scores"} if all(row.scores is not None for row in rows) else there
 
 
 def _visited(plan: Plan) -> list[int]:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mlxpref.data.scale import MAX_DECIMALS
+from mlxpref.data.shaping import Shaping
+from mlxpref.errors import UsageError
 
 OPTIMIZER_OPTIONS: Mapping[str, frozenset[str]] = {
     "adam": frozenset({"betas", "eps", "bias_correction"}),
@@ -50,6 +52,13 @@ def _number(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def _number_or_dice(value: Any) -> Any:
+    try:
+        return value if value == "dice" else _number(value)
+    except ValueError:
+        raise ValueError(f'a number is needed, or "dice", not {value!r}') from None
 
 
 def _option(value: Any) -> Any:
@@ -128,7 +137,8 @@ class DataSection(_SourceKeys):
 
 
 class RelabelSection(Section):
-    """Arguments of ``fit_recipe`` and ``relabel_all``; a template of None is the seed's wording."""
+    """Arguments of ``fit_recipe`` and ``relabel_all``, and the fields of ``Scoring`` and ``Picking`` (the order of
+    operations is in :mod:`mlxpref.data.shaping`); a template of None is the seed's wording."""
 
     template: str | None = None
     carrier: Literal["auto", "system", "first_user"] = "auto"
@@ -142,6 +152,27 @@ class RelabelSection(Section):
     ties: Literal["drop", "keep"] = "drop"
     min_gap: Annotated[Real, Field(ge=0)] = 0.0
     plain_share: Share = 0.0
+    score_from: tuple[str, ...] = ()
+    combine: str | None = None
+    standardise: bool | None = None
+    direction: str | None = None
+    length_penalty: Annotated[float | Literal["dice"], BeforeValidator(_number_or_dice)] | None = None
+    sample: Whole | None = None
+    sample_beta: Real | None = None
+    select: str | None = None
+    drop_top: str | None = None
+    strength_from: tuple[str, ...] = ()
+    weakest: str | None = None
+
+    @model_validator(mode="after")
+    def _shape(self) -> RelabelSection:
+        try:
+            problems = list(Shaping.of(self.model_dump()).problems(ties=self.ties, attributes=self.attributes))
+        except UsageError as error:
+            problems = [line.strip() for line in str(error).splitlines()]
+        if problems:  # ", not" in it: the reader of errors does not repeat the whole section behind it
+            raise ValueError(f"refused, nothing was read: {' '.join(problems)}")
+        return self
 
 
 class TokenizationSection(Section):
@@ -224,7 +255,32 @@ class OptimizerSection(Section):
 
 
 class ReferenceSection(Section):
+    """``previous`` and ``momentum`` accelerate a further round: :func:`mlxpref.momentum.momentum_logps`.
+
+    With ``update`` the reference follows the policy (TR-DPO); the next two have TRL's meanings and defaults.
+    """
+
     store: str | None = None
+    update: Literal["soft", "hard"] | None = None
+    mixup_alpha: Annotated[Real, Field(gt=0, le=1)] | None = None
+    sync_steps: Count | None = None
+    previous: str | None = None
+    momentum: Annotated[Real, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("update") is None:
+            return data
+        own = {"sync_steps": 512} | ({"mixup_alpha": 0.6} if data["update"] == "soft" else {})
+        return {**data, **{key: value for key, value in own.items() if data.get(key) is None}}
+
+    def update_arguments(self) -> dict[str, Any] | None:
+        """``reference_update`` of a backend's ``make_step``; None where the reference stays."""
+        if self.update is None:
+            return None
+        share = {} if self.mixup_alpha is None else {"alpha": self.mixup_alpha}
+        return {"kind": self.update, "every": self.sync_steps, **share}
 
 
 class TrainingSection(Section):
@@ -304,6 +360,7 @@ def contradictions(config: Config) -> Iterator[str]:
     """Every pair of values that cannot both be meant, in words with the remedy."""
     yield from _data_contradictions(config.data)
     yield from _adapter_contradictions(config.adapter)
+    yield from _reference_contradictions(config.reference, config.adapter)
     yield from _optimizer_contradictions(config.optimizer)
     yield from _training_contradictions(config.training)
     if config.relabel is not None and config.relabel.halves != "both" and config.relabel.plain_share == 1:
@@ -341,6 +398,27 @@ def _adapter_contradictions(adapter: AdapterSection) -> Iterator[str]:
         yield "adapter.num_layers 0 trains nothing: give a number of layers from the last, or -1 for all"
     if lora is not None and lora.scale is not None and lora.alpha is not None:
         yield "adapter.lora_parameters.scale and alpha both set the scale (scale = alpha / rank): keep one"
+
+
+def _reference_contradictions(reference: ReferenceSection, adapter: AdapterSection) -> Iterator[str]:
+    if reference.update is None:
+        for key in ("mixup_alpha", "sync_steps"):
+            if getattr(reference, key) is not None:
+                yield f"reference.{key} without reference.update: write update: soft or hard, or leave it out"
+    if reference.update == "hard" and reference.mixup_alpha is not None:
+        yield "reference.mixup_alpha with update: hard, which copies the policy whole: leave it out, or write soft"
+    if reference.update is not None and reference.momentum is not None:
+        yield "reference.update and momentum both make a reference other than the one trained from: keep one"
+    given = {"previous": reference.previous, "momentum": reference.momentum}
+    here = [key for key, value in given.items() if value is not None]
+    if len(here) == 1:
+        (other,) = given.keys() - here
+        yield f"reference.{here[0]} without reference.{other}: give both (an adapter and a number), or neither"
+    if here and adapter.init_from is None:
+        yield (
+            f"reference.{here[0]} without adapter.init_from: momentum goes from the previous round's adapter to the "
+            "one this round starts from; name that one there"
+        )
 
 
 def _optimizer_contradictions(optimizer: OptimizerSection) -> Iterator[str]:

@@ -17,6 +17,7 @@ from mlxpref.config import Config
 from mlxpref.data.plan import Plan
 from mlxpref.data.words import counted
 from mlxpref.errors import AdapterError, RunError, raise_all
+from mlxpref.files import safetensors_header
 from mlxpref.hub import model_folder
 from mlxpref.objectives import Objective
 from mlxpref.prepare import Prepared
@@ -29,9 +30,6 @@ PACKAGES = (
 
 _LAYER = re.compile(r"(.*?\.)(\d+)\b")
 """``model.layers.7`` at the beginning of a tensor's name: the stack, and the number in it."""
-
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-"""What reading a file that is not whole, or not what its name says, can raise."""
 
 
 def packages() -> dict[str, str]:
@@ -127,6 +125,7 @@ def run_facts(
             "recipe": None if data.recipe is None else data.recipe.as_dict(),
         },
         "tokenization": config.tokenization.model_dump(mode="json"),
+        "reference": config.reference.model_dump(mode="json", exclude={"store"}, exclude_none=True),
         "plan": {
             "steps": len(plan.steps),
             "epochs": plan.epochs[-1],
@@ -144,18 +143,19 @@ def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
         "model": {key: facts["model"][key] for key in ("path", "revision", "fingerprint")},
         "recipe": facts["data"]["recipe"],
         "tokenization": facts["tokenization"],
+        "reference": facts.get("reference", {}),
         "init_from": facts["model"]["init_from"],
         "step": step,
         "versions": facts["starts"][0]["versions"],
     }
 
 
-# --- the adapter a run starts from ---
+# --- the adapters a run starts from ---
 
 
 def check_start(config: Config) -> None:
-    """What can be known of ``adapter.init_from`` without loading a model: that it is a whole adapter folder,
-    and that no tensor of it contradicts the model's own of the same name.
+    """What can be known of ``adapter.init_from`` and ``reference.previous`` without loading a model: that each is a
+    whole adapter folder, and that no tensor of it contradicts the model's own of the same name.
 
     Names that the model's files do not have, and files that are not on this disk yet, prove nothing; the
     backend compares every tensor when it loads them.
@@ -164,62 +164,59 @@ def check_start(config: Config) -> None:
         AdapterError: missing, damaged, or made for another model.
         ModelError: no such model.
     """
-    if config.adapter.init_from is None:
-        return
-    folder = Path(config.adapter.init_from)
-    if not folder.is_dir():
-        raise AdapterError(f"adapter.init_from {folder}: no such folder; give an adapter or run folder")
-    own = _read_adapter(folder)
-    model = model_folder(config.model.path, revision=config.model.revision, weights=False)
-    problems = list(dict.fromkeys(_strangers(own, _model_shapes(model))))
-    raise_all(
-        problems[:5] + ([f"… and {len(problems) - 5} more"] if len(problems) > 5 else []),
-        AdapterError,
-        f"adapter.init_from {folder}: this adapter was made for another model than {config.model.path}:",
-    )
+    named = {"adapter.init_from": config.adapter.init_from, "reference.previous": config.reference.previous}
+    for key, given in named.items():
+        if given is None:
+            continue
+        folder = Path(given)
+        if not folder.is_dir():
+            raise AdapterError(f"{key} {folder}: no such folder; give an adapter or run folder")
+        _, header = read_adapter_folder(folder, f"{key} {folder}")
+        model = model_folder(config.model.path, revision=config.model.revision, weights=False)
+        shapes = {name: entry["shape"] for name, entry in header.items()}
+        check_fits(shapes, model, f"{key} {folder}: this adapter was made for another model than {config.model.path}:")
 
 
-def _read_adapter(folder: Path) -> dict[str, list[int]]:
-    """Tensor name → shape of a whole adapter folder. AdapterError for one that is not."""
+def read_adapter_folder(folder: Path, called: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Config, and the header of the weights, of a whole adapter folder. AdapterError for one that is not.
+
+    Args:
+        called: what to call a folder that lacks a file.
+    """
     settings, weights = folder / "adapter_config.json", folder / "adapters.safetensors"
     lacking = [file.name for file in (settings, weights) if not file.is_file()]
     if lacking:
-        raise AdapterError(f"adapter.init_from {folder}: no {' and no '.join(lacking)}; is this an adapter folder?")
+        raise AdapterError(f"{called}: no {' and no '.join(lacking)}; is this an adapter folder?")
     try:
-        if not isinstance(json.loads(settings.read_text(encoding="utf-8")), dict):
+        config = json.loads(settings.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
             raise ValueError("not an object")
     except ValueError as error:
         raise AdapterError(f"{settings}: not the JSON of an adapter ({error}); take another copy of it") from error
     try:
-        return _header(weights)
-    except _DAMAGE as error:
+        return config, safetensors_header(weights)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{weights}: the file is damaged or cut off ({error}); take another copy of it") from error
 
 
-def _header(file: Path) -> dict[str, list[int]]:
-    """Tensor name → shape of a safetensors file. One of ``_DAMAGE`` if it is cut off, or is no such file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(length) if 8 + length <= size else b"")
-    entries.pop("__metadata__", None)
-    whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size < whole:
-        raise ValueError(f"{size} bytes of {whole}")
-    return {name: entry["shape"] for name, entry in entries.items()}
+def check_fits(adapter: Mapping[str, Sequence[int]], model: Path, headline: str) -> None:
+    """AdapterError with this headline if tensors of an adapter (name → shape) contradict those in a model's folder."""
+    problems = list(dict.fromkeys(_strangers(adapter, _model_shapes(model))))
+    more = [f"… and {len(problems) - 5} more"] if len(problems) > 5 else []
+    raise_all(problems[:5] + more, AdapterError, headline)
 
 
 def _model_shapes(model: Path) -> dict[str, list[int]]:
     """Tensor name → shape of all of a model's weights; damaged files are left to what loads them."""
     found: dict[str, list[int]] = {}
     for file in sorted(model.glob("model*.safetensors")):
-        with suppress(*_DAMAGE):
-            found |= _header(file)
+        with suppress(OSError, ValueError):
+            found |= {name: entry["shape"] for name, entry in safetensors_header(file).items()}
     return found
 
 
-def _strangers(adapter: Mapping[str, list[int]], model: Mapping[str, list[int]]) -> Iterator[str]:
-    """LoRA factors inside numbered layers that the model cannot have: of a layer it lacks, or too wide or narrow.
+def _strangers(adapter: Mapping[str, Sequence[int]], model: Mapping[str, list[int]]) -> Iterator[str]:
+    """Tensors inside numbered layers that the model cannot have: of a layer it lacks, or too wide or narrow.
 
     ``lora_a`` is (inputs, rank) and ``lora_b`` is (rank, outputs). A quantised weight has its rows for outputs,
     too, but packs its inputs.
@@ -229,10 +226,12 @@ def _strangers(adapter: Mapping[str, list[int]], model: Mapping[str, list[int]])
     for name, shape in sorted(adapter.items()):
         module, _, factor = name.rpartition(".")
         layer = _LAYER.match(module)
-        if factor not in ("lora_a", "lora_b") or len(shape) != 2 or layer is None:
+        if layer is None:
             continue
         if layer[1] in stacks and layer.groups() not in layers:
             yield f"{layer[0]}: the model has no such layer"
+        if factor not in ("lora_a", "lora_b") or len(shape) != 2:
+            continue
         weight = model.get(f"{module}.weight")
         width = shape[0] if factor == "lora_a" else shape[1]
         packed = factor == "lora_a" and f"{module}.scales" in model

@@ -7,12 +7,14 @@ being replaced.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mlxpref.errors import RunError
 
@@ -101,6 +103,28 @@ def refused(path: Path, error: Exception, remedy: str = ELSEWHERE) -> RunError:
     return RunError(
         f"cannot write {path}: {why} ({free:.2f} GB free there). Nothing was left under that name; {remedy}"
     )
+
+
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name → ``dtype``, ``shape`` and ``data_offsets`` of a safetensors file.
+
+    Raises:
+        ValueError: it is cut off, as a failed write or a download that broke off leaves it, or no such file.
+        OSError: it cannot be read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(length) if 8 + length <= size else b"")
+    wanted = ("dtype", "shape", "data_offsets")
+    try:
+        found = {name: {key: entry[key] for key in wanted} for name, entry in entries.items() if name != "__metadata__"}
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"its header is not one of safetensors: {error!r}") from error
+    if size != whole:
+        raise ValueError(f"{size} bytes of {whole}")
+    return found
 
 
 def _beside(path: Path, end: str) -> Path:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mlxpref.config import Config, RelabelSection
+from mlxpref.data.columns import texts_of
 from mlxpref.data.recipe import Recipe, resolve_carrier
 from mlxpref.data.relabel_sources import RelabelledSplits, relabel_splits
 from mlxpref.data.relabelled import Relabelled, is_relabelled, read_relabelled
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source
+from mlxpref.data.supply import supply
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
 from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, DataError, raise_all
@@ -37,6 +39,8 @@ class Prepared:
         counts: rows kept and dropped, by split and stage, in order.
         said: what was detected, in words.
         fingerprint: hash of every id, score, goal and weight, in order.
+        groups: the distinct values of the column ``group``, whose places in here are the column ``groups``;
+            () where nothing asked for it.
     """
 
     train: tuple[Tokenized, ...]
@@ -45,6 +49,7 @@ class Prepared:
     counts: Mapping[str, Counts]
     said: tuple[str, ...]
     fingerprint: str
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -54,17 +59,20 @@ class _Found:
     said: list[str] = field(default_factory=list)
     counts: dict[str, Counts] = field(default_factory=dict)
     recipe: Recipe | None = None
+    groups: tuple[str, ...] = ()
 
 
-def prepare(config: Config, *, tokenizer: Any = None) -> Prepared:
+def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = ()) -> Prepared:
     """Tokenized training and validation rows of a configuration.
 
     Args:
         tokenizer: to use instead of loading the model's.
+        needs: columns and further texts an objective asks for, by the names it declares; they are in the rows
+            then. Those that the steps make (``reference``, ``lengths``, …) are no matter here.
 
     Raises:
         ConfigError: the data sections contradict what the source is.
-        DataError: the source cannot be read, or nothing is left to train on.
+        DataError: the source cannot be read, rows lack what is needed, or nothing is left to train on.
         ModelError: the model folder has no tokenizer.
     """
     found = _Found()
@@ -74,7 +82,9 @@ def prepare(config: Config, *, tokenizer: Any = None) -> Prepared:
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     conditioned = _from_folder(config, found) if relabelled else _from_sources(config, tokenizer, found)
-    rows = {name: _tokenize(config, name, split, tokenizer, found) for name, split in conditioned.items()}
+    if needs:
+        conditioned = _supply(config, conditioned, needs, found)
+    rows = {name: _tokenize(config, name, split, tokenizer, needs, found) for name, split in conditioned.items()}
     _warn_of_leaks(conditioned, found)
     if not rows["train"]:
         lines = [f"{stage}: {line}" for stage, counts in found.counts.items() for line in counts.lines()]
@@ -86,6 +96,7 @@ def prepare(config: Config, *, tokenizer: Any = None) -> Prepared:
         counts=found.counts,
         said=tuple(found.said),
         fingerprint=fingerprint(rows),
+        groups=found.groups,
     )
 
 
@@ -269,11 +280,30 @@ def _recipe_arguments(relabel: RelabelSection, tokenizer: Any) -> dict[str, Any]
     return {**relabel.model_dump(exclude=own), "carrier": carrier}
 
 
-# --- tokens ---
+# --- columns and tokens ---
+
+
+def _supply(
+    config: Config, splits: dict[str, list[Conditioned]], needs: Collection[str], found: _Found
+) -> dict[str, list[Conditioned]]:
+    """The rows with what an objective needs of them."""
+    supplied = supply(splits, needs, found.recipe)
+    if config.data.strict:
+        problems = [f"{stage}: {line}" for stage, counts in supplied.counts.items() for line in counts.lines()]
+        raise_all(problems, DataError, "rows cannot be used (strict):")
+    found.counts |= supplied.counts
+    found.said += supplied.said
+    found.groups = supplied.groups
+    return supplied.splits
 
 
 def _tokenize(
-    config: Config, split: str, examples: Sequence[Conditioned], tokenizer: Any, found: _Found
+    config: Config,
+    split: str,
+    examples: Sequence[Conditioned],
+    tokenizer: Any,
+    needs: Collection[str],
+    found: _Found,
 ) -> tuple[Tokenized, ...]:
     given = config.tokenization
     rows, counts = tokenize_all(
@@ -283,6 +313,8 @@ def _tokenize(
         max_prompt_length=given.max_prompt_length,
         truncation=given.truncation,
         strict=config.data.strict,
+        texts=texts_of(needs),
+        token_weights="token_weights" in needs,
     )
     found.counts[f"tokenize/{split}"] = counts
     return tuple(rows)
@@ -319,6 +351,11 @@ def _parts(row: Tokenized) -> Iterator[bytes]:
     yield row.prompt_ids.astype("<i4").tobytes()
     for ids in row.response_ids:
         yield b"|" + ids.astype("<i4").tobytes()
+    for name in sorted(row.texts):
+        for ids in row.texts[name]:
+            yield f"|{name}|".encode() + ids.astype("<i4").tobytes()
+    for lead in row.leads:
+        yield b"|lead|" + lead.astype("<i4").tobytes()
     goal = dict(row.goal) if isinstance(row.goal, Mapping) else row.goal
     facts = [row.example_id, row.scores, goal, row.half, row.weight, dict(row.extras)]
     yield json.dumps(facts, sort_keys=True, default=_plain).encode()

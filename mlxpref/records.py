@@ -60,7 +60,8 @@ class Scored:
         responses: K texts, none empty.
         scores: K finite numbers, higher is better, or None for unscored data.
         attributes: further named scores, each K finite numbers (helpfulness, honesty, …).
-        extras: columns carried along by name (``tools``, ``rationale``, ``group``, ``margins``, …).
+        extras: columns carried along by name (``tools``, ``rationale``, ``group``, ``margins``, …); a tuple
+            of K entries has one for each response.
         example_id: stable over runs: the data's own id, or a hash of the content.
         where: file and row it came from, for messages; no part of its identity.
 
@@ -113,6 +114,7 @@ class Conditioned:
         attributes, extras: as in ``Scored``, in the order of ``responses``.
         distances: K squared distances to a goal of several attributes, in the order of ``responses``, so
             rising; None where ``scores`` say it: for one score, and without a goal.
+        where: file and row it came from, for messages; no part of its identity.
     """
 
     prompt: Prompt
@@ -125,6 +127,15 @@ class Conditioned:
     attributes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
     distances: tuple[float, ...] | None = None
+    where: str = field(default="", compare=False)
+
+    @property
+    def place(self) -> str:
+        """Where a message sends its reader: file and row, or the id."""
+        return self.where or self.example_id
+
+
+_NOTHING = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +151,10 @@ class Tokenized:
         weight: of the example in the mean over a batch.
         half, goal, scores, example_id, extras: as in ``Conditioned``; extras now hold numbers only, the
             attributes, and as ``goal_distances`` how far each response is from the goal.
+        texts: ids of further texts by name, each like ``response_ids``: one array for a text of the
+            example, K for a text of each response.
+        leads: tokens between the prompt and the ids of each of ``slots``, read and not scored; () if there
+            are none anywhere.
     """
 
     prompt_ids: np.ndarray
@@ -152,11 +167,19 @@ class Tokenized:
     prompt_cut: int = 0
     response_cut: tuple[int, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    leads: tuple[np.ndarray, ...] = ()
+
+    @property
+    def slots(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """(lead, ids) of everything that is scored after the prompt: the K responses, then the texts by name."""
+        ids = [*self.response_ids, *(one for name in sorted(self.texts) for one in self.texts[name])]
+        return tuple(zip(self.leads or [_NOTHING] * len(ids), ids, strict=True))
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the prompt once and of every response."""
-        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
+        """Tokens of the prompt once, and of every response and text with its lead."""
+        return len(self.prompt_ids) + sum(len(lead) + len(ids) for lead, ids in self.slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,20 +208,21 @@ class MicroBatch(NamedTuple):
 
     All shared prompt parts of a micro-batch have the same length P and carry no padding: what a
     prompt has beyond P opens its response rows, unscored. P = 0 is the plain forward of whole rows.
+    An example has S slots: its K responses, then its further texts by name; S = K without any.
 
     Attributes:
         prompts: (B, P) int32, the shared first P tokens of each prompt.
-        shelves: K shelves of B rows; all B·K rows ranked by length, longest first.
-        scored: (N,) int32, positions whose output predicts a response token, as indices into the
+        shelves: S shelves of B rows; all B·S rows ranked by length, longest first.
+        scored: (N,) int32, positions whose output predicts a scored token, as indices into the
             shelves' positions laid end to end, row after row, shelf after shelf; padded with 0.
-        targets: (N,) int32, the response token predicted at each of them; padded with 0.
-        place: (B, K, L) int32, where response token t of response k stands in ``scored``;
-            N where there is none.
-        mask: (B, K, L) float32, 1 on response tokens. Slot k = 0 is the preferred response.
+        targets: (N,) int32, the token predicted at each of them; padded with 0.
+        place: (B, S, L) int32, where scored token t of slot s stands in ``scored``; N where there is none.
+        mask: (B, S, L) float32, 1 on scored tokens. Slot 0 is the preferred response.
         weights: (B,) float32, of each example.
-        reference: (B, K, L) float32 reference token log-probs in nats, 0 off the mask; or None.
-        scores: (B, K) float32 or None.
-        extras: further columns an objective asks for, by name, each (B, …) float32 or int32.
+        reference: (B, S, L) float32 reference token log-probs in nats, 0 off the mask; or None.
+        scores: (B, K) float32, the reward of each response under the row's goal; or None.
+        extras: further columns an objective asks for, by name, each (B, …) float32 or int32; of values
+            for each token (B, K, L), 0 off the mask.
     """
 
     prompts: Any

@@ -50,8 +50,11 @@ def response_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
 
 
 def row_keys(row: Tokenized) -> tuple[bytes, ...]:
-    """The keys of a row's K responses."""
-    return tuple(response_key(row.prompt_ids, ids) for ids in row.response_ids)
+    """The keys of all that is scored in a row: S slots, a lead belongs to what comes before."""
+    return tuple(
+        response_key(np.concatenate([row.prompt_ids, lead]) if len(lead) else row.prompt_ids, ids)
+        for lead, ids in row.slots
+    )
 
 
 def default_store_folder() -> Path:
@@ -89,17 +92,17 @@ class ReferenceStore:
         return len(self._known)
 
     def get(self, row: Tokenized) -> list[np.ndarray] | None:
-        """K arrays (n_k,) float32 in nats, or None unless all K responses are known."""
+        """S arrays (n_s,) float32 in nats, or None unless all S slots are known."""
         found = [self._known.get(key) for key in row_keys(row)]
         return None if any(logps is None for logps in found) else [x for x in found if x is not None]
 
     def put(self, row: Tokenized, logps: Sequence[np.ndarray]) -> None:
-        """Remember K arrays (n_k,) of log-probs of a row; ``flush`` brings them to disk.
+        """Remember S arrays (n_s,) of log-probs of a row; ``flush`` brings them to disk.
 
         Raises:
-            ValueError: lengths differ from the row's responses.
+            ValueError: lengths differ from the row's responses and texts.
         """
-        lengths = [len(ids) for ids in row.response_ids]
+        lengths = [len(ids) for _, ids in row.slots]
         if [len(values) for values in logps] != lengths:
             raise ValueError(f"log-probs of {[len(v) for v in logps]} tokens for responses of {lengths}")
         for key, values in zip(row_keys(row), logps, strict=True):
@@ -187,8 +190,8 @@ PASS_SHAPES = 16
 
 
 def kinds_of(rows: Sequence[Tokenized]) -> int:
-    """How many different numbers of responses occur; a plan needs a shape for each."""
-    return len({len(row.response_ids) for row in rows})
+    """How many different numbers of slots occur; a plan needs a shape for each."""
+    return len({len(row.slots) for row in rows})
 
 
 def logps_pass(
@@ -201,10 +204,10 @@ def logps_pass(
     max_shapes: int = PASS_SHAPES,
     on_progress: Progress | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """One forward pass over rows: yields (row, its K arrays (n_k,) float32, nats), in order of length.
+    """One forward pass over rows: yields (row, its S arrays (n_s,) float32, nats), in order of length.
 
     Args:
-        rows: any K, also mixed.
+        rows: any S, also mixed.
         backend: module with ``token_logps``.
         reference: log-probs of the reference instead of the policy.
         micro_batch_tokens: padded tokens of one micro-batch.
@@ -227,7 +230,7 @@ def logps_pass(
         for index, of_row in zip(part.rows, tokens, strict=True):
             row = rows[index]
             logps = [
-                np.array(values[: len(ids)], np.float32) for values, ids in zip(of_row, row.response_ids, strict=True)
+                np.array(values[: len(ids)], np.float32) for values, (_, ids) in zip(of_row, row.slots, strict=True)
             ]
             _check_finite(row, logps, "reference" if reference else "policy")
             yield index, logps
@@ -253,7 +256,7 @@ def policy_logps(
     max_shapes: int = PASS_SHAPES,
     on_progress: Progress | None = None,
 ) -> list[list[np.ndarray]]:
-    """For each row K arrays (n_k,) float32 of the policy's own log-probs, nats; nothing is kept.
+    """For each row S arrays (n_s,) float32 of the policy's own log-probs, nats; nothing is kept.
 
     A row that occurs twice is computed once. RunError if a log-prob is not finite.
     """
@@ -291,7 +294,7 @@ def reference_logps(
         on_progress: called with (rows computed, rows to compute).
 
     Returns:
-        for each row K arrays (n_k,) float32 in nats, and what was computed and reused.
+        for each row S arrays (n_s,) float32 in nats, and what was computed and reused.
 
     Raises:
         RunError: a log-prob is not finite, or the store cannot be written.

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxpref.errors import RunError
-from mlxpref.files import folder_aside, refused, write_text, written_aside
+from mlxpref.files import folder_aside, refused, safetensors_header, write_text, written_aside
 from mlxpref.locks import locked
 
 CONFIG = "config.yaml"
@@ -260,7 +259,7 @@ def _seal(folder: Path, state: Mapping[str, Any]) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":
-            check_safetensors(file)
+            _check_safetensors(file)
         files[file.name] = _digest(file)
     text = json.dumps({**state, "files": files}, indent=1, ensure_ascii=False)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
@@ -277,18 +276,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def check_safetensors(file: Path) -> None:
-    """OSError if a file is shorter than its header says: a library that did not notice a failed write leaves such a
-    one, and so does a download that broke off."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise OSError(f"{file.name} was not written whole") from None
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    if file.stat().st_size != 8 + length + max(ends, default=0):
-        raise OSError(f"{file.name} was not written whole")
+def _check_safetensors(file: Path) -> None:
+    """OSError if a file is not as long as its header says: a library that did not notice a failed write leaves such a
+    one."""
+    try:
+        safetensors_header(file)
+    except ValueError:
+        raise OSError(f"{file.name} was not written whole") from None
 
 
 def _digest(file: Path) -> str:

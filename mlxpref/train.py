@@ -22,6 +22,7 @@ from mlxpref.config_layers import check_config, read_yaml
 from mlxpref.errors import ConfigError, RunError, raise_all
 from mlxpref.loop import StopSignal, TrainResult
 from mlxpref.objectives import resolve_objective
+from mlxpref.prepare import Prepared
 from mlxpref.runs import CONFIG, open_run
 
 FREE_ON_RESUME = frozenset(
@@ -44,6 +45,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainCallback] = (),
     backend: ModuleType | None = None,
+    prepared: Prepared | None = None,
     clock: Callable[[], float] = time.perf_counter,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> TrainResult:
@@ -54,6 +56,8 @@ def train(
         resume: go on from the run folder's last whole checkpoint (from the start if there is none yet).
         callbacks: listeners besides those of ``output.report_to``.
         backend: the machine room; by default ``model.backend`` by name.
+        prepared: the rows to train on, in place of those that ``prepare`` makes of the configuration. A run that
+            is resumed must be given the same ones.
         clock: seconds, for speeds. now: for the run's facts.
 
     Raises:
@@ -68,7 +72,7 @@ def train(
             if resume:
                 check_unchanged(config, run.path)
             with machine.set_memory_policy():
-                loop = Assembly(config, objective, machine, run, listeners, now).loop(resume, clock)
+                loop = Assembly(config, objective, machine, run, listeners, now, prepared).loop(resume, clock)
                 with StopSignal(listeners.on_interrupt).listening() as stop:
                     result = loop.go(stop)
             listeners.on_end(result)
@@ -93,6 +97,7 @@ def absolute_paths(config: Config) -> Config:
         "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
         "data": data.model_copy(update={"source": source, "valid": absolute(data.valid)}),
         "adapter": config.adapter.model_copy(update={"init_from": absolute(config.adapter.init_from)}),
+        "reference": config.reference.model_copy(update={"previous": absolute(config.reference.previous)}),
     }
     return config.model_copy(update=changes)
 

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent / "mlxpref"
 
 VALUES = {"records", "errors"}
 FILED = VALUES | {"files", "locks", "hub"}
-SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "data", "config", "config_layers"}
-LOOP = SPINE | {"runs", "facts", "reference", "schedules", "callbacks", "loop", "prepare", "assembly"}
-RUNS = LOOP | {"rewards", "report", "train", "evaluate", "generate", "parity", "sandbox", "doctor"}
+SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "rewards", "data", "config", "config_layers"}
+LOOP = SPINE | {"runs", "facts", "reference", "momentum", "schedules", "callbacks", "loop", "prepare", "assembly"}
+AFTER = {"adapters", "merging", "tensors"}
+RUNS = LOOP | AFTER | {"report", "train", "evaluate", "generate", "parity", "sandbox", "doctor", "columns", "ablate"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
@@ -34,16 +35,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": VALUES,
     "objectives": VALUES | {"ops"},
     "metrics": VALUES | {"ops"},
-    "data": FILED,
+    "rewards": VALUES,
+    "data": FILED | {"rewards"},
     "backends": VALUES | {"blas"},
     "config": FILED | {"data", "objectives"},
     "config_layers": FILED | {"config", "data", "objectives"},
     "runs": FILED | {"data", "config", "config_layers", "metrics"},
     "reference": FILED | {"data"},
-    "rewards": FILED | {"data", "backends"},
     "report": FILED | {"metrics", "runs", "config"},
     "mlx_backend": FILED | {"ops", "objectives", "data", "callbacks", "blas"},
     "torch_backend": FILED | {"ops", "objectives", "data", "callbacks"},
+    "momentum": set(),
+    "tensors": VALUES | {"files"},
+    "adapters": FILED | {"facts", "tensors"},
+    "merging": FILED | {"adapters", "facts", "tensors"},
     "callbacks": VALUES | {"loop"},  # loop: the type of its result
     "prepare": SPINE,
     "facts": SPINE | {"prepare", "reference"},
@@ -54,6 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": RUNS,
     "parity": RUNS,
     "sandbox": RUNS,
+    "columns": RUNS,
+    "ablate": RUNS,
     "doctor": RUNS,
     "cli": RUNS,
     "__main__": {"cli"},

@@ -194,6 +194,15 @@ FORMAT_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
             "scores": (5.0, 1.5, 3.0),
         },
     ),
+    "joint": (
+        [{"i_chosen": "Sky?", "r_chosen": "Blue.", "i_rejected": [user("Sea?")], "r_rejected": "Blue."}],
+        {
+            "prompt": [("user", "Sky?")],
+            "responses": ("Blue.", "Blue."),
+            "scores": None,
+            "extras": {"instructions": ([user("Sky?")], [user("Sea?")])},
+        },
+    ),
     "nectar": (
         [
             {
@@ -232,6 +241,23 @@ def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
     for field, value in expected.items():
         if field != "prompt":
             assert getattr(example, field) == value, field
+
+
+def test_pairs_with_a_prompt_each_under_the_names_they_are_published_with(tmp_path: Path) -> None:
+    """Finds: i and r taken for scores, a system turn before one side only, a side that asks nothing."""
+    row = {
+        "i_chosen": "Sky?", "r_chosen": "Blue.", "i_reject": "Sea?", "r_reject": "Blue.", "system": "Be brief.",
+        "wit_chosen": 3, "wit_rejected": 1, "score_chosen": 2, "score_rejected": 1,
+    }  # fmt: skip
+    source, got = read_one(tmp_path, row, {**row, "i_reject": " "}, {**row, "i_reject": "Sky?"})
+    assert source.format == "joint" and "i_rejected is read from the column 'i_reject'" in source.said
+    (example,) = (x for x in got if isinstance(x, Scored))
+    system = {"role": "system", "content": "Be brief."}
+    assert example.extras == {"instructions": ([system, user("Sky?")], [system, user("Sea?")])}
+    assert (example.scores, example.attributes) == ((2.0, 1.0), {"wit": (3.0, 1.0)})
+    assert [m.content for m in example.prompt] == ["Be brief.", "Sky?"]
+    reasons = [x.reason for x in got if isinstance(x, Dropped)]
+    assert reasons == ["empty prompt", "chosen and rejected are the same text"]
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ from mlxpref.errors import MlxprefError
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("mlxpref.cli.quickstart", "See the method at work on a small written world."),
     "relabel": ("mlxpref.cli.relabel", "Write each pair's scores into its prompt."),
+    "columns": ("mlxpref.cli.columns", "Add columns that objectives need, computed by models."),
     "inspect": ("mlxpref.cli.inspect", "Look at tokenized examples, scored tokens marked."),
     "train": ("mlxpref.cli.train", "Train an adapter on preferences."),
     "evaluate": ("mlxpref.cli.evaluate", "Measure an adapter, or a model without one, on pairs."),
     "generate": ("mlxpref.cli.generate", "Answer prompts at one or several goals."),
+    "merge": ("mlxpref.cli.merge", "Combine adapters into one, or carry one further."),
     "objectives": ("mlxpref.cli.objectives", "List objectives, their formulas and options."),
     "probe": ("mlxpref.cli.probe", "Say which way a model's forward pass takes."),
     "doctor": ("mlxpref.cli.doctor", "Check the machine, and a configuration, before a run."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from mlxpref.data.recipe import Recipe, format_number, goal_words, resolve_carri
 from mlxpref.data.relabel_sources import RelabelledSplits, relabel_sources
 from mlxpref.data.relabelled import is_relabelled, read_relabelled, write_relabelled
 from mlxpref.data.scale import MAX_DECIMALS
+from mlxpref.data.scoring import parse_number
+from mlxpref.data.shaping import PICKING, SCORING, Shaping
 from mlxpref.data.sources import SourceSpec
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, UsageError
 from mlxpref.files import check_free
-from mlxpref.records import Conditioned
+from mlxpref.records import Conditioned, Counts
 
 EPILOG = """\b
 Example:
@@ -27,6 +29,13 @@ Example:
   mlxpref relabel pairs.jsonl --out relabelled --valid-fraction 0.05 --model Qwen/Qwen3-0.6B
   mlxpref relabel nvidia/HelpSteer2 --attributes helpfulness,correctness --score-range 0 4 --out helpful
   mlxpref relabel more.jsonl --out more --recipe relabelled
+  mlxpref relabel lists.jsonl --out pairs --score-from helpfulness,honesty --combine min --select max_min
+
+\b
+Order of operations:
+  make scores (--score-from and --combine, or --direction), take length off (--length-penalty),
+  take responses (--sample, then --select), filter examples (--drop-top, --weakest), write goals.
+What these need to know of the data is fitted on the training examples and kept in the folder.
 
 The default template is the one of the reward-augmented DPO code. An own one holds {score} (or {goals},
 a line for each attribute), and where it likes {low} and {high}, the ends of --goal-range.
@@ -34,6 +43,7 @@ a line for each attribute), and where it likes {low} and {high}, the ends of --g
 
 RECIPE_OPTIONS = (
     "template", "carrier", "score_range", "goal_range", "mapping", "number_format", "attributes", "top_goal",
+    *SCORING,
 )  # fmt: skip
 """What --recipe decides already."""
 
@@ -147,6 +157,60 @@ RECIPE_OPTIONS = (
     metavar="X",
     help="Share of examples without a goal.",
 )
+@click.option("--score-from", metavar="NAME,…", help="Attributes the score is made of, e.g. helpfulness,honesty.")
+@click.option(
+    "--combine",
+    metavar="HOW",
+    help="How: mean, min (the worst case), uwo:LAMBDA (mean less LAMBDA variances, e.g. uwo:0.5), or "
+    "log_sigmoid:QUANTILE (good in all; log_sigmoid:0.85 centres at that quantile).  [default: mean]",
+)
+@click.option(
+    "--standardise/--no-standardise",
+    default=None,
+    help="Bring each to mean 0 and deviation 1 first, e.g. --no-standardise --combine mean for ratings on one "
+    "scale.  [default: where mean, min or uwo compares several]",
+)
+@click.option(
+    "--direction",
+    metavar="NAME*W + NAME*W",
+    help="Score along a unit vector of attributes, named in the prompt: 'helpfulness*80 + verbosity*60'.",
+)
+@click.option(
+    "--length-penalty",
+    metavar="ALPHA|dice",
+    help="Take ALPHA of the score off for each character, e.g. 0.001; dice: what makes chosen as long as rejected.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Of longer lists keep N responses by statistical rejection sampling, e.g. 8.",
+)
+@click.option(
+    "--sample-beta",
+    type=float,
+    metavar="BETA",
+    help="Its temperature in score units; 0 keeps the best, e.g. 1.0 is milder than the default.  [default: 0.5]",
+)
+@click.option(
+    "--select",
+    metavar="MODE",
+    help="Make a pair of each list: random, max_random, max_min, max_max, or max_min_p:LAMBDA by score less LAMBDA a "
+    "character, e.g. max_min_p:0.001. Equal scores are dropped.",
+)
+@click.option(
+    "--drop-top", metavar="COLUMN:SHARE", help="Drop the examples highest in a numeric column, e.g. ches:0.1."
+)
+@click.option(
+    "--strength-from",
+    metavar="NAME,…",
+    help="Attributes (one a reward model) whose mean gap says how strong a pair's preference is, e.g. rm_a,rm_b.",
+)
+@click.option(
+    "--weakest",
+    metavar="drop|flip:SHARE",
+    help="Drop the pairs of the weakest preferences, or turn them round, e.g. flip:0.1.",
+)
 @click.option(
     "--valid-fraction",
     type=float,
@@ -157,7 +221,7 @@ RECIPE_OPTIONS = (
     "--test-fraction", type=float, metavar="X", help="The same for a test split.  [default: none]"
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, metavar="N", help="Decides splits, plain share and weights."
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Decides splits, plain share, weights, draws."
 )
 @click.option(
     "--num-proc",
@@ -191,6 +255,7 @@ def command(context: click.Context, source: tuple[str, ...], reading: Reading, *
         strict=reading.strict,
         seed=options["seed"],
         say=console.note,
+        **_shaping(options),
         **{name: options[name] for name in ("halves", "ties", "min_gap", "plain_share", "num_proc")},
     )
     report(result)
@@ -232,7 +297,7 @@ def _recipe(options: dict[str, Any], tokenizer: Any, given: Iterable[str]) -> Re
         recipe = _stored_recipe(options["recipe_from"])
         _carrier(recipe.carrier, options["model"], tokenizer)
         return recipe
-    names = [name.strip() for name in (options["attributes"] or "").split(",") if name.strip()]
+    names = list(_names(options["attributes"]))
     plain = ("score_range", "goal_range", "mapping", "number_format", "top_goal")
     return {
         **{name: options[name] for name in plain},
@@ -240,6 +305,23 @@ def _recipe(options: dict[str, Any], tokenizer: Any, given: Iterable[str]) -> Re
         "carrier": _carrier(options["carrier"], options["model"], tokenizer),
         "attributes": names,
     }
+
+
+def _shaping(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How scores are made, as stored with --recipe where there is one, and what is picked."""
+    values = {name: options[name] for name in (*SCORING, *PICKING) if options[name] is not None}
+    values |= {name: _names(options[name]) for name in ("score_from", "strength_from")}
+    penalty = values.get("length_penalty")
+    if penalty is not None:
+        values["length_penalty"] = penalty if (number := parse_number(penalty)) is None else number
+    shaping = Shaping.of(values)
+    if options["recipe_from"] is None:
+        return {"scoring": shaping.scoring, "picking": shaping.picking}
+    return {"scoring": read_relabelled(options["recipe_from"]).options.get("scoring"), "picking": shaping.picking}
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _carrier(wanted: str, model: str | None, tokenizer: Any) -> str:
@@ -295,6 +377,9 @@ def report(result: RelabelledSplits) -> None:
         console.say("no goals: every example is plain")
     else:
         _report_recipe(result.recipe)
+    for name in ("scoring", "picking"):
+        if name in result.options:
+            console.note(f"{name}: {_shaped(result.options[name])}")
     console.table(
         ("split", "examples", "dropped", "relabelled", "rows", "goals"),
         [_line(name, rows, result) for name, rows in result.splits.items()],
@@ -314,9 +399,21 @@ def _report_recipe(recipe: Recipe) -> None:
     console.say(recipe.goal_text(recipe.top_goal).replace("\n", "\n  ").join(("  ", "")))
 
 
+def _shaped(stored: Mapping[str, Any]) -> str:
+    """What was asked for, and the numbers that were fitted for it."""
+    given = [(name, value) for name, value in stored.items() if name != "fitted"]
+    own = {**(stored["fitted"] or {})}
+    if stored.get("length_penalty") != "dice":
+        own.pop("alpha", None)
+    fitted = [(name, value) for name, value in own.items() if isinstance(value, float)]
+    words = [f"{name} {', '.join(value) if isinstance(value, list) else value}" for name, value in given]
+    return "; ".join(words + [f"fitted {name} {value:.4g}" for name, value in fitted])
+
+
 def _line(name: str, rows: Sequence[Conditioned], result: RelabelledSplits) -> tuple[Any, ...]:
     done = result.counts[f"relabel/{name}"]
-    dropped = sum(done.dropped.values())
+    shaped = result.counts.get(f"shape/{name}", Counts())
+    dropped = sum(shaped.dropped.values()) + sum(done.dropped.values())
     goals = {row.goal_text for row in rows if row.goal_text is not None}
     return name, done.kept + dropped, dropped, done.kept, len(rows), len(goals)
 

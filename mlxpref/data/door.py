@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlxpref.data.drafts import CARRIED, IDS, Answer, Draft, as_number
+from mlxpref.data.columns import carried
+from mlxpref.data.drafts import IDS, OF_RESPONSE, Answer, Draft, as_number
 from mlxpref.data.messages import Unusable, without_none
 from mlxpref.records import Message, Scored
 
@@ -38,10 +39,12 @@ def checked(
     if score is None and draft.score is not None:
         raise Unusable("scored, though the first rows of the data are not")
     kept: list[tuple[Answer, float | None]] = []
+    places: list[int] = []
     left_out: list[Unusable] = []
-    for answer in draft.answers:
+    for place, answer in enumerate(draft.answers):
         try:
-            kept.append((answer, _score_of(answer, draft, score, [other.text for other, _ in kept])))
+            kept.append((answer, _score_of(answer, draft, score, [other for other, _ in kept])))
+            places.append(place)
         except Unusable as unusable:
             left_out.append(unusable)
     if left_out and (draft.pair or len(kept) < 2):
@@ -55,7 +58,8 @@ def checked(
         scored = Scored(
             prompt=tuple(draft.prompt), responses=texts, scores=scores,
             example_id=_free_id(row, draft.prompt, texts, taken),
-            attributes=_attributes(answers), extras=_extras(row),
+            attributes=_attributes(answers),
+            extras=_extras(row) | carried(row, draft.answers, places) | _instructions(draft, answers),
         )  # fmt: skip
     except ValueError as error:
         raise Unusable(str(error)) from error
@@ -63,13 +67,13 @@ def checked(
     return scored, left_out
 
 
-def _score_of(answer: Answer, draft: Draft, wanted: str | None, before: Sequence[str]) -> float | None:
+def _score_of(answer: Answer, draft: Draft, wanted: str | None, before: Sequence[Answer]) -> float | None:
     """The answer's score (None for unscored data); Unusable if it cannot stand in the list."""
     if answer.refused:
         raise Unusable(answer.refused)
     if not answer.text.strip():
         raise Unusable(EMPTY)
-    if answer.text.strip() in (text.strip() for text in before):
+    if any((answer.text.strip(), answer.prompt) == (other.text.strip(), other.prompt) for other in before):
         raise Unusable(EQUAL if draft.pair else REPEATED)
     if wanted is None:
         return None
@@ -94,7 +98,7 @@ def _of_row(faults: Sequence[Unusable], draft: Draft) -> Unusable:
 def _attributes(answers: Sequence[Answer]) -> dict[str, tuple[float, ...]]:
     """Attributes that are finite numbers for every response; the others are not comparable."""
     found = {}
-    for name in answers[0].attributes:
+    for name in (name for name in answers[0].attributes if name not in OF_RESPONSE):
         values = [as_number(answer.attributes.get(name)) for answer in answers]
         numbers = tuple(v for v in values if isinstance(v, float) and math.isfinite(v))
         if len(numbers) == len(answers):
@@ -103,18 +107,28 @@ def _attributes(answers: Sequence[Answer]) -> dict[str, tuple[float, ...]]:
 
 
 def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns carried along that this row fills; tools as the list of schemas they spell."""
-    extras = {
-        name: without_none(row[name])
-        for name in CARRIED
-        if name not in ("example_id", "system") and row.get(name) is not None
-    }
+    """The columns of no objective that this row fills; tools as the list of schemas they spell."""
+    extras = {name: without_none(row[name]) for name in ("tools", "margins") if row.get(name) is not None}
     if isinstance(extras.get("tools"), str):
         try:
             extras["tools"] = json.loads(extras["tools"])
         except ValueError as error:
             raise Unusable("tools are not JSON", str(error)) from error
     return extras
+
+
+def _instructions(draft: Draft, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The prompt of each response, where each has its own: messages as data files hold them."""
+    if not any(answer.prompt for answer in answers):
+        return {}
+    for prompt in (answer.prompt for answer in answers):
+        if not any(message.content.strip() for message in prompt):
+            raise Unusable("empty prompt")
+        if prompt[-1].role == "assistant":
+            raise Unusable("prompt ends with an assistant turn")
+    # A system column has been put before the draft's prompt, which is the first response's.
+    head = draft.prompt[: len(draft.prompt) - len(draft.answers[0].prompt)]
+    return {"instructions": tuple([turn.as_dict() for turn in (*head, *answer.prompt)] for answer in answers)}
 
 
 # --- ids -------------------------------------------------------------------------------------------

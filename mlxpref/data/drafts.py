@@ -21,14 +21,16 @@ class Answer:
     Attributes:
         text: the response.
         score: under the draft's score name; anything, None if missing.
-        attributes: further scores by name; what is no number is not an attribute.
+        attributes: further scores, and values of ``OF_RESPONSE``, by name; what is no number is not an attribute.
         refused: why the data themselves rule it out, or "".
+        prompt: its own prompt, where each response has one; () where all share the draft's.
     """
 
     text: str
     score: Any = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     refused: str = ""
+    prompt: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,23 @@ class Format:
 FORMATS: dict[str, Format] = {}
 """Every format by name, in the order they are tried: the more particular first."""
 
-ALIASES: dict[str, tuple[str, ...]] = {"prompt": ("instruction", "question")}
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("instruction", "question"),
+    "i_rejected": ("i_reject",),
+    "r_rejected": ("r_reject",),
+}
 """Names a column may have without ``--columns``, when our own is not there."""
 
-CARRIED = ("example_id", "system", "tools", "rationale", "group", "margins")
+OF_RESPONSE = ("aligned_logps", "margin_rewards", "previous", "token_weights", "win_rates")
+"""Columns any format may have with a value for each response."""
+
+OF_EXAMPLE = ("confidence", "group")
+"""… with a value for the example,"""
+
+OWN_TEXTS = ("gold", "rationale", "third")
+"""… or with one further text."""
+
+CARRIED = ("example_id", "system", "tools", "margins", *OWN_TEXTS, *OF_EXAMPLE, *OF_RESPONSE)
 """Columns any format may have besides its own."""
 
 IDS = ("example_id", "id", "prompt_id", "uid", "uuid")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, OVERALL, SEED_TEMPLATE, Carrier, Recipe, raw_scores
+from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, OVERALL, SEED_TEMPLATE, Carrier, Recipe, label, raw_scores
 from mlxpref.data.scale import IDENTITY, Range, ScoreMap, check_range, fit_map
 from mlxpref.errors import ScoreError, UsageError
 from mlxpref.records import Goal, Scored
@@ -24,6 +24,7 @@ def fit_recipe(
     attributes: Sequence[str] = (),
     number_format: int | None = None,
     top_goal: Goal | None = None,
+    called: str | None = None,
 ) -> Recipe:
     """The recipe for a data set; fit it on the training examples, once.
 
@@ -33,6 +34,7 @@ def fit_recipe(
         goal_range: the scale of the prompt; None is 1-10, or the score range if scores are taken
             as they are ("identity").
         mapping: as in :func:`mlxpref.data.scale.fit_map`.
+        called: what the default template calls the one score, instead of "Overall score".
 
     Raises:
         ScoreError: there are no scores, or not the attributes asked for.
@@ -52,7 +54,7 @@ def fit_recipe(
     fit = partial(_fit, kind=mapping, goal_range=goals)
     maps = _attribute_maps(examples, names, fit, declared)
     return Recipe(
-        template=template or (ATTRIBUTES_TEMPLATE if names else SEED_TEMPLATE),
+        template=template or (ATTRIBUTES_TEMPLATE if names else _seed_template(called)),
         carrier=carrier,
         score_range=declared,
         goal_range=goals,
@@ -62,6 +64,13 @@ def fit_recipe(
         attributes=names,
         attribute_mappings=maps,
     )
+
+
+def _seed_template(called: str | None) -> str:
+    """The seed's wording, or the same of a score of another name. A brace in the name is no placeholder."""
+    if called is None:
+        return SEED_TEMPLATE
+    return SEED_TEMPLATE.replace(label(OVERALL), called.replace("{", "{{").replace("}", "}}"))
 
 
 def _fit(

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from mlxpref.data.drafts import FORMATS, Answer, Draft, Format, Row, as_number, data_format
+from mlxpref.data.drafts import FORMATS, OF_RESPONSE, Answer, Draft, Format, Row, as_number, data_format
 from mlxpref.data.messages import Unusable, conversation, helpsteer_turns, response, split_pair
 from mlxpref.errors import UsageError
 
@@ -45,6 +45,7 @@ def ultrafeedback(row: Row, columns: frozenset[str]) -> Draft:
         refused = "a rating is N/A" if any(rating in ("N/A", None) for rating in ratings.values()) else ""
         if "fine-grained_score" in item:
             ratings["fine_grained_score"] = item["fine-grained_score"]
+        ratings |= _of_response(item)
         answers.append(Answer(response(item.get("response")), item.get("overall_score"), ratings, refused))
     return Draft(conversation(row["prompt"]), answers, "overall_score", {"overall_score": (1, 10), **RATED})
 
@@ -61,7 +62,9 @@ def _ratings(notes: Any) -> dict[str, Any]:
 def nectar(row: Row, columns: frozenset[str]) -> Draft:
     """Ranked answers, rank 1 the best, as in Nectar: of K answers, rank r has the score K + 1 - r."""
     items = records(row["answers"])
-    answers = [Answer(text_of(item), _reversed(item.get("rank"), len(items))) for item in items]
+    answers = [
+        Answer(text_of(item), _reversed(item.get("rank"), len(items)), _of_response(item)) for item in items
+    ]
     return Draft(conversation(row["prompt"]), answers, "rank", {"rank": (1, len(items))})
 
 
@@ -86,7 +89,11 @@ def helpsteer2(row: Row, columns: frozenset[str]) -> Draft:
     score = "helpfulness" if "helpfulness" in columns else "score"
     names = [name for name in HELPSTEER if name in columns]
     answers = [
-        Answer(response(item.get("response")), item.get(score), {name: item.get(name) for name in names})
+        Answer(
+            response(item.get("response")),
+            item.get(score),
+            {name: item.get(name) for name in names} | _of_response(item),
+        )
         for item in row["rows"]
     ]
     prompt = helpsteer_turns(row["prompt"]) if isinstance(row["prompt"], str) else conversation(row["prompt"])
@@ -122,6 +129,7 @@ def _scored_answer(item: Row, name: str | None) -> Answer:
             attributes |= item[key]
     others = {key: value for key, value in item.items() if key not in (*TEXTS, name, "rank", "index", "id")}
     attributes |= {key: value for key, value in others.items() if isinstance(as_number(value), float)}
+    attributes |= _of_response(item)
     return Answer(text_of(item), _one_number(item.get(name) if name else None), attributes)
 
 
@@ -139,6 +147,23 @@ def _one_number(value: Any) -> Any:
 # --- pairs -----------------------------------------------------------------------------------------
 
 _PAIR_COLUMNS = ("score_chosen", "score_rejected")
+
+
+@data_format("joint", needs=("i_chosen", "r_chosen", "i_rejected", "r_rejected"), takes=_PAIR_COLUMNS)
+def joint(row: Row, columns: frozenset[str]) -> Draft:
+    """Pairs of instruction and response: each side has a prompt of its own, as in DOVE's data."""
+    names = {name: pair for name, pair in side_columns(columns).items() if name not in ("i", "r")}
+    score = next((name for name in SCORES if name in names), None)
+    answers = [
+        Answer(
+            response(row[f"r_{side}"]),
+            row.get(names[score][at]) if score else None,
+            {name: row.get(pair[at]) for name, pair in names.items() if name != score},
+            prompt=tuple(conversation(row[f"i_{side}"])),
+        )
+        for at, side in enumerate(("chosen", "rejected"))
+    ]
+    return Draft(list(answers[0].prompt), answers, score, pair=True)
 
 
 @data_format(
@@ -222,6 +247,11 @@ def records(value: Any) -> list[Row]:
     if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
         raise Unusable("responses are not a list of objects", type(value).__name__)
     return list(value)
+
+
+def _of_response(item: Row) -> dict[str, Any]:
+    """What an object of one response says of it for an objective."""
+    return {name: item[name] for name in OF_RESPONSE if item.get(name) is not None}
 
 
 def text_of(item: Row) -> str:

@@ -42,16 +42,18 @@ class Splitter:
     def __init__(self, rows: Sequence[Tokenized], *, share_prompts: bool, budget: int) -> None:
         self.share_prompts = share_prompts
         self.budget = budget
+        slots = [[(len(lead), len(ids)) for lead, ids in row.slots] for row in rows]
         self.prompts = np.array([len(row.prompt_ids) for row in rows])
-        self.responses = np.array([len(row.response_ids) for row in rows])
+        self.responses = np.array([len(own) for own in slots])
+        self.scored = np.array([sum(scored for _, scored in own) for own in slots])
         self.lengths = np.zeros((len(rows), self.responses.max()), np.int64)
-        for lengths, row in zip(self.lengths, rows, strict=True):
-            lengths[: len(row.response_ids)] = sorted((len(ids) for ids in row.response_ids), reverse=True)
+        for lengths, own in zip(self.lengths, slots, strict=True):
+            lengths[: len(own)] = sorted(map(sum, own), reverse=True)
         # Rounding up never passes the longest row there is: a model may have no position beyond it.
         self.longest = int((self.prompts + self.lengths[:, 0] - 1).max())
 
     def split(self, batches: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[list[PlannedPart]]:
-        """The micro-batches of each batch, all of one K and of a number of examples in ``sizes``.
+        """The micro-batches of each batch, all of one S and of a number of examples in ``sizes``.
 
         Of two ways to sort a batch, by its rows or by its prompts, the cheaper one is taken.
         """
@@ -67,14 +69,14 @@ class Splitter:
         return parts
 
     def shape(self, rows: Sequence[int]) -> Shape:
-        """The smallest shape on the ladder that holds these examples, all of one K."""
+        """The smallest shape on the ladder that holds these examples, all of one S."""
         chosen = list(rows)
         n, responses = len(chosen), int(self.responses[chosen[0]])
         prompt = floor_length(int(self.prompts[chosen].min()) - 1) if self.share_prompts else 0
         whole = self.prompts[chosen, None] + self.lengths[chosen, :responses] - 1
         longest = np.sort(whole, axis=None)[::-1][::n].tolist()
         shelves = tuple(min(ceil_length(u - prompt), self.longest - prompt) for u in longest)
-        scored = ceil_scored(int(self.lengths[chosen].sum()))
+        scored = ceil_scored(int(self.scored[chosen].sum()))
         return Shape(n=n, prompt=prompt, rows=shelves, scored=scored, responses=responses)
 
     def filled(self, part: PlannedPart) -> int:
@@ -84,7 +86,7 @@ class Splitter:
         return len(chosen) * shared + int((whole - shared).sum())
 
     def _orders(self, rows: np.ndarray, batch_of: np.ndarray) -> list[np.ndarray]:
-        """Orders of all rows that keep batches apart, and in them lists of one K; longest first."""
+        """Orders of all rows that keep batches apart, and in them rows of one S; longest first."""
         k, prompt, response = self.responses[rows], self.prompts[rows], self.lengths[rows, 0]
         orders = [np.lexsort((-prompt, -(prompt + response), k, batch_of))]
         if self.share_prompts:
@@ -92,7 +94,7 @@ class Splitter:
         return orders
 
     def _cut(self, rows: np.ndarray, batch_of: np.ndarray, sizes: Sequence[int]) -> _Cuts:
-        """Best cuts of sorted rows, from each row to the end of its batch and K."""
+        """Best cuts of sorted rows, from each row to the end of its batch and S."""
         k = self.responses[rows]
         last = (np.diff(batch_of, append=-1) != 0) | (np.diff(k, append=-1) != 0)
         stops = np.flatnonzero(last) + 1
@@ -125,7 +127,7 @@ class Splitter:
         return costs
 
     def _window_slots(self, rows: np.ndarray, k: int) -> np.ndarray:
-        """(M, B) rows of K responses → (M,): positions of the smallest shape that holds each B."""
+        """(M, B) rows of k slots → (M,): positions of the smallest shape that holds each B."""
         n = rows.shape[1]
         shortest = self.prompts[rows].min(1) if self.share_prompts else np.zeros(len(rows), np.int64)
         prompt = _floor(shortest - 1)

@@ -26,7 +26,7 @@ class Plan:
         steps: the parts of each optimiser step; in a pass each step is one part.
         shapes: the different shapes, those that compute most first.
         epochs: how much of the data has been seen after each step, in epochs.
-        tokens: of all prompts (once each) and responses, over all steps.
+        tokens: of all prompts (once each), responses and further texts, over all steps.
         slots: token positions that will be computed, over all steps.
         padding: share of these that are padding.
     """
@@ -154,7 +154,7 @@ def _plan(
 
 
 def _split_all(splitter: Splitter, batches: list[list[int]], limit: int, max_shapes: int) -> list[list[PlannedPart]]:
-    """Parts of every batch. Only shapes of one (B, K) merge, so these kinds must leave room: where a
+    """Parts of every batch. Only shapes of one (B, S) merge, so these kinds must leave room: where a
     fine choice of B makes too many kinds, a coarser one is taken."""
     for coarse in range(3):
         parts = splitter.split(batches, sizes_up_to(limit, coarse=coarse))

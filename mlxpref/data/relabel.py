@@ -187,12 +187,13 @@ def _arrange(
         example_id=example.example_id,
         attributes={name: arranged(values) for name, values in example.attributes.items()},
         extras={
-            name: arranged(v) if _per_response(v, len(order)) else v for name, v in example.extras.items()
+            name: arranged(v) if per_response(v, len(order)) else v for name, v in example.extras.items()
         },
+        where=example.where,
     )
 
 
-def _per_response(value: Any, n_responses: int) -> bool:
+def per_response(value: Any, n_responses: int) -> bool:
     """An extra that is a tuple has one entry a response; a list (``tools``) belongs to the prompt."""
     return isinstance(value, tuple) and len(value) == n_responses
 

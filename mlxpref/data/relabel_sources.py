@@ -1,4 +1,4 @@
-"""Sources in, conditioned splits out: read, part by prompt, fit the recipe once, relabel each split.
+"""Sources in, conditioned splits out: read, part by prompt, shape, fit the recipe once, relabel each split.
 
 The one pipeline of `mlxpref relabel` and of training. What a split is read from is chosen before it,
 by :func:`own_splits` or by the configuration of a run.
@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxpref.data.formats import FORMATS
+from mlxpref.data.picking import Picking
 from mlxpref.data.recipe import OVERALL, Recipe
 from mlxpref.data.relabel import check_options, fit_recipe, relabel_all, split_by_prompt, unconditioned
+from mlxpref.data.scoring import Scoring
+from mlxpref.data.shaping import PICKING, SCORING, Shaping, shape_splits
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source, read_source
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Conditioned, Counts, Scored
+from mlxpref.rewards.directions import direction_words
 
 SPLITS = ("train", "valid", "test")
 
@@ -28,10 +32,10 @@ class RelabelledSplits:
     Attributes:
         splits: split → rows, halves of one example together.
         recipe: as fitted on the training examples, or as given; None if no row states a goal.
-        counts: ``read/train``, ``relabel/train``, …: examples kept and dropped.
+        counts: ``read/train``, ``shape/train`` (where something was), ``relabel/train``, …: examples kept and dropped.
         notes: what the user should look at, a sentence each.
-        options: what the rows were made from and with, JSON-safe: "sources", "seed", and the options of
-            ``relabel_all`` that were given.
+        options: what the rows were made from and with, JSON-safe: "sources", "seed", the options of
+            ``relabel_all`` that were given, and "scoring" and "picking" as fitted, where they act.
     """
 
     splits: dict[str, list[Conditioned]]
@@ -46,6 +50,8 @@ def relabel_sources(
     recipe: Recipe | Mapping[str, Any],
     *,
     fractions: Mapping[str, float] | None = None,
+    scoring: Scoring | Mapping[str, Any] | None = None,
+    picking: Picking | Mapping[str, Any] | None = None,
     strict: bool = False,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
@@ -58,12 +64,19 @@ def relabel_sources(
             and test are all taken.
         say: gets what was detected, a line at a time.
     """
-    check_options(**options)
+    arguments, shaping = _shaping(recipe, scoring, picking, options)
     opened = [open_source(spec) for spec in specs]
     for line in (line for source in opened for line in source.said):
         say(line)
     return relabel_splits(
-        own_splits(opened), recipe, fractions=fractions, strict=strict, seed=seed, **options
+        own_splits(opened),
+        arguments,
+        fractions=fractions,
+        scoring=shaping.scoring,
+        picking=shaping.picking,
+        strict=strict,
+        seed=seed,
+        **options,
     )
 
 
@@ -96,37 +109,45 @@ def relabel_splits(
     recipe: Recipe | Mapping[str, Any] | None,
     *,
     fractions: Mapping[str, float] | None = None,
+    scoring: Scoring | Mapping[str, Any] | None = None,
+    picking: Picking | Mapping[str, Any] | None = None,
     strict: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> RelabelledSplits:
-    """Read each split, hold out what is asked, fit the recipe on the training examples, relabel.
+    """Read each split, hold out what is asked, shape and fit the recipe on the training examples, relabel.
 
     Args:
         wanted: split → its sources, mixed by weight.
-        recipe: one to use as it is, or the arguments to fit one with; None leaves every row without a goal.
+        recipe: one to use as it is, or the arguments to fit one with; None leaves every row without a goal. Among
+            the arguments may be the fields of a scoring and a picking, as in the section ``relabel`` of a run.
         fractions: parts of the training data to hold out, by prompt, before anything is relabelled.
+        scoring, picking: how scores are made, and what stays (:mod:`mlxpref.data.shaping` has the order); as
+            values, or as a relabelled folder's options hold them.
         strict: a row that cannot be used, in reading or relabelling, is an error.
         options: halves, ties, min_gap, plain_share and num_proc of
             :func:`mlxpref.data.relabel.relabel_all`.
 
     Raises:
-        UsageError: options out of range, or a fraction for a split the data have themselves.
+        UsageError: options out of range or in contradiction, or a fraction for a split the data have themselves.
         DataError: see :func:`mlxpref.data.sources.read_source`, or no row is left of a split.
         ScoreError: nothing is scored, or the sources' scores are on different scales.
     """
-    check_options(**options)
-    fitted = _with_scale(recipe, wanted) if isinstance(recipe, Mapping) else recipe
+    given, shaping = _shaping(recipe, scoring, picking, options)
+    fitted = _with_scale(given, wanted, shaping.scoring) if isinstance(given, Mapping) else given
     examples: dict[str, list[Scored]] = {}
     counts: dict[str, Counts] = {}
     for name in (split for split in SPLITS if split in wanted):
         examples[name], counts[f"read/{name}"] = read_source(wanted[name], strict=strict, seed=seed)
     if fractions:
         examples = _held_out(examples, fractions, seed)
-    stored = {"sources": _described(wanted), "seed": seed}
+    shaped = shape_splits(examples, shaping, seed=seed, strict=strict)
+    examples = shaped.splits
+    counts |= shaped.counts
+    stored = {"sources": _described(wanted), "seed": seed} | shaped.shaping.as_dict()
     if fitted is None:
         plain = {name: [unconditioned(example) for example in found] for name, found in examples.items()}
-        return RelabelledSplits(plain, None, counts, (), stored)
+        return RelabelledSplits(plain, None, counts, shaped.notes, stored)
     used = _fit(examples.get("train") or next(iter(examples.values())), fitted)
     rows: dict[str, list[Conditioned]] = {}
     for name, found in examples.items():
@@ -137,10 +158,40 @@ def relabel_splits(
     raise_all(lines, DataError, "no row is left of a split:")
     every = [example for found in examples.values() for example in found]
     named = all("chosen" in FORMATS[source.format].needs for found in wanted.values() for source in found)
-    notes = (*_notes(every, named_chosen=named), *(_scale_notes(every, used) if isinstance(recipe, Mapping) else ()))
+    notes = (*shaped.notes, *_notes(every, named_chosen=named))
+    notes += tuple(_scale_notes(every, used)) if isinstance(recipe, Mapping) else ()
     plain_only = options.get("plain_share") == 1
     kept = {name: value for name, value in options.items() if name != "num_proc"}
     return RelabelledSplits(rows, None if plain_only else used, counts, notes, stored | kept)
+
+
+def _shaping(
+    recipe: Recipe | Mapping[str, Any] | None,
+    scoring: Scoring | Mapping[str, Any] | None,
+    picking: Picking | Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> tuple[Recipe | Mapping[str, Any] | None, Shaping]:
+    """The recipe's own arguments, and the shaping, all checked: nothing was read so far.
+
+    Raises:
+        UsageError: options out of range, or in contradiction.
+    """
+    check_options(**options)
+    given = Scoring.from_dict(scoring) if isinstance(scoring, Mapping) else scoring
+    picked = Picking.from_dict(picking) if isinstance(picking, Mapping) else picking
+    shaping = Shaping(given or Scoring(), picked or Picking())
+    if isinstance(recipe, Mapping):
+        own = Shaping.of(recipe)
+        if own.as_dict() and (given or picked):
+            raise UsageError("how scores are made and picked is said twice: among the recipe's arguments, and beside")
+        shaping = own if own.as_dict() else shaping
+        recipe = {name: value for name, value in recipe.items() if name not in (*SCORING, *PICKING)}
+        if shaping.scoring.direction is not None:
+            recipe |= {"called": f"Weighted rating {direction_words(shaping.scoring.weights)}"}
+    attributes = recipe.attributes if isinstance(recipe, Recipe) else (recipe or {}).get("attributes") or ()
+    problems = list(shaping.problems(ties=options.get("ties", "drop"), attributes=attributes))
+    raise_all(problems, UsageError, "options contradict each other:")
+    return recipe, shaping
 
 
 def _fit(examples: Sequence[Scored], recipe: Recipe | Mapping[str, Any]) -> Recipe:
@@ -178,11 +229,17 @@ def _described(wanted: Mapping[str, Sequence[Source]]) -> list[dict[str, Any]]:
 # --- scales ---
 
 
-def _with_scale(arguments: Mapping[str, Any], wanted: Mapping[str, Sequence[Source]]) -> Mapping[str, Any]:
-    """Arguments of ``fit_recipe`` whose score range, if none is given, is the one the formats declare."""
-    if arguments.get("score_range") is not None:
-        return arguments
+def _with_scale(
+    arguments: Mapping[str, Any], wanted: Mapping[str, Sequence[Source]], scoring: Scoring
+) -> Mapping[str, Any]:
+    """Arguments of ``fit_recipe`` whose score range, if none is given, is the one the formats declare.
+
+    Scores that were made of others are on those others' scale, or on none that is known.
+    """
     names = [name for name in arguments.get("attributes") or () if name != OVERALL]
+    if arguments.get("score_range") is not None or not (names or scoring.keeps_units):
+        return arguments
+    names = names or [None if name == OVERALL else name for name in scoring.names]
     sources = [source for found in wanted.values() for source in found]
     scales = {
         (source.spec.path, name): source.scales.get(name) if name else source.scale

@@ -5,15 +5,15 @@ Parquet file for each split. Its columns: ``prompt``, ``chosen``, ``rejected`` (
 ``goal``, ``goal_text``, ``half``, ``score_chosen``, ``score_rejected`` (goal units), ``example_id``;
 with lists of more than two also ``responses`` (message lists, best first) and ``scores``, where
 ``chosen`` and ``rejected`` are the best and the worst; with goals of several attributes also
-``distances`` (squared, to the goal); then ``attributes`` and extras by name. Every row has every
-column, so that a reader may infer types from any of them.
+``distances`` (squared, to the goal); then ``attributes`` and extras by name, those of the responses as lists
+in their order. Every row has every column, so that a reader may infer types from any of them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +66,7 @@ class Relabelled:
         rows = []
         for where, row in read_rows(file):
             try:
-                rows.append(_from_row(row, self.extras))
+                rows.append(replace(_from_row(row, self.extras), where=where))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise DataError(f"{where}: not a relabelled row ({type(error).__name__}: {error})") from error
         if len(rows) != self.rows[split]:

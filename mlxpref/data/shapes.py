@@ -42,9 +42,9 @@ class Shape:
     Attributes:
         n: B, examples.
         prompt: P, tokens of every prompt that are shared by its responses; 0 shares nothing.
-        rows: T of each of the K shelves, not ascending; ``rows[0]`` is L.
+        rows: T of each of the S shelves, not ascending; ``rows[0]`` is L.
         scored: N, scored positions with their padding.
-        responses: K.
+        responses: S, the K responses and the further texts of each example.
     """
 
     n: int
@@ -94,13 +94,13 @@ def sizes_up_to(limit: int, *, coarse: int = 0) -> list[int]:
 def merge_shapes(needs: Sequence[Shape], *, max_shapes: int, max_slots: int) -> list[Shape]:
     """For each need a shape that fits it, at most ``max_shapes`` different ones in all.
 
-    Shapes of the same B and K are merged greedily, the pair first that adds the least padding, until
+    Shapes of the same B and S are merged greedily, the pair first that adds the least padding, until
     they are few enough and the next merge costs more than a shape; merges that would carry a
     micro-batch over ``max_slots`` positions come last. Afterwards each need moves to the cheapest
     shape that fits it, and every shape shrinks to what its needs require.
 
     Raises:
-        ValueError: more kinds of (B, K) than ``max_shapes``; those cannot be merged.
+        ValueError: more kinds of (B, S) than ``max_shapes``; those cannot be merged.
     """
     if not needs:
         return []
@@ -115,7 +115,7 @@ def merge_shapes(needs: Sequence[Shape], *, max_shapes: int, max_slots: int) -> 
     return [shapes[at] for at in group[where.reshape(-1)]]
 
 
-# Below, a shape is a row of integers: B, K, -P, N, U_1 … U_K, 0 …, where U = P + T is the length of a
+# Below, a shape is a row of integers: B, S, -P, N, U_1 … U_S, 0 …, where U = P + T is the length of a
 # row together with its shared prompt. So written, the smallest shape that fits two is their maximum.
 
 
@@ -134,7 +134,7 @@ def _as_shape(row: np.ndarray) -> Shape:
 
 
 def _slots(rows: np.ndarray) -> np.ndarray:
-    """(…, 4 + K) → (…): B times (P and all T), which is B times (all U, less K - 1 times P)."""
+    """(…, 4 + S) → (…): B times (P and all T), which is B times (all U, less S - 1 times P)."""
     return rows[..., 0] * (rows[..., 4:].sum(-1) + (rows[..., 1] - 1) * rows[..., 2])
 
 

@@ -10,6 +10,7 @@ blas.preload()  # before mlx.core is loaded: on Linux CPU a fast BLAS replaces t
 
 from mlxpref.mlx_backend.adapter import load_adapter, save_adapter  # noqa: E402
 from mlxpref.mlx_backend.generation import generate  # noqa: E402
+from mlxpref.mlx_backend.hidden import hidden_sums  # noqa: E402
 from mlxpref.mlx_backend.memory import device_info, memory, set_memory_policy  # noqa: E402
 from mlxpref.mlx_backend.policy import Policy, load_policy  # noqa: E402
 from mlxpref.mlx_backend.probe import examine  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "device_info",
     "examine",
     "generate",
+    "hidden_sums",
     "load_adapter",
     "load_policy",
     "make_step",
