@@ -357,31 +357,6 @@ def preload() -> None:
     assert not early, f"imported before the fork: {early}"
 
 
-class Chosen:
-    """For pytest: leaves out tests about other objectives, and remembers what failed."""
-
-    def __init__(self, names: Collection[str] | None, without: Collection[str]) -> None:
-        self.names, self.without, self.failed = names, set(without), []  # type: ignore[var-annotated]
-
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [item for item in items if item.nodeid not in self.without and self._about(item)]
-
-    def _about(self, item: Any) -> bool:
-        if "tiny_model_dir" in item.fixturenames:
-            return False  # a whole run: seconds
-        given = getattr(getattr(item, "callspec", None), "params", {})
-        name = given.get("name", getattr(given.get("value"), "name", None))
-        return self.names is None or not isinstance(name, str) or name in self.names
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-
 def direct(names: Collection[str]) -> str:
     """Values and gradients of these objectives; what failed, or nothing."""
     import test_objectives as tests
@@ -428,7 +403,6 @@ def edit_in_place(module: str, source: bytes) -> None:
     for name in [name for name, entry in table.items() if entry.family == module]:
         del table[name]
     new: dict[str, Any] = {"__name__": mod.__name__, "__file__": mod.__file__}
-    # dataclasses look their module up
     exec(compile(source, str(mod.__file__), "exec"), new)
     old = dict(plain_functions(vars(mod), mod.__name__))
     for name, function in plain_functions(new, mod.__name__):
@@ -436,7 +410,8 @@ def edit_in_place(module: str, source: bytes) -> None:
             setattr(old[name], part, getattr(function, part))
         if name in table and table[name].function is function:
             table[name] = replace(table[name], function=old[name])
-    kept = {name: table[name] for name in order}
+    read = sys.modules["mlxpref.objectives.registry"].read_declaration
+    kept = {name: read(table[name].function) if module == "registry" else table[name] for name in order}
     table.clear()
     table.update(kept)
 
@@ -449,36 +424,90 @@ def needs_import(mutant: Mutant, editor: Editor) -> bool:
     )
 
 
-def through_pytest(
-    names: Collection[str] | None, without: Collection[str], kinds: Collection[str], first: bool = True
-) -> list[str]:
-    """The tests of these files that fail."""
+class Session:
+    """For pytest: collects the tests once, and hands its loop to ``work``, which forks it for every mutant."""
+
+    def __init__(self, work: Callable[[Session], None]) -> None:
+        self.work, self.items, self.failed = work, [], []  # type: ignore[var-annotated]
+        self.without: set[str] = set()
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if "tiny_model_dir" not in item.fixturenames]  # whole runs: seconds each
+        self.items = items
+
+    def pytest_runtestloop(self) -> bool:
+        self.work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def run(self, names: Collection[str] | None, kinds: Collection[str], first: bool = True) -> list[str]:
+        """The tests of these files that fail; ``names``: without those about other objectives."""
+        files = [f"test_{kind}.py" for kind in kinds]
+        order = [item for file in files for item in self.items if item.path.name == file and self._asked(item, names)]
+        for item, after in zip(order, [*order[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            if first and self.failed:
+                break
+        return self.failed
+
+    def _asked(self, item: Any, names: Collection[str] | None) -> bool:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        name = given.get("name", getattr(given.get("value"), "name", None))
+        return item.nodeid not in self.without and (names is None or not isinstance(name, str) or name in names)
+
+
+def in_session(work: Callable[[Session], None]) -> None:
+    """Does ``work`` with all tests collected."""
     import pytest
 
-    chosen = Chosen(names, without)
-    files = [str(path) for name in kinds if (path := ROOT / "tests" / f"test_{name}.py").exists()]
-    stop = ["-x"] if first else []
-    code = pytest.main(["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *stop, *files], plugins=[chosen])
-    return chosen.failed or ([] if code == 0 else [f"pytest ended with {code}"])
+    kinds = dict.fromkeys(OF_THE_REST + OF_FORMULAS)
+    files = [str(path) for kind in kinds if (path := ROOT / "tests" / f"test_{kind}.py").exists()]
+    session = Session(work)
+    given = ["-s", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *files]
+    code = pytest.main(given, plugins=[session])
+    assert code in (0, 1) and session.items, f"pytest ended with {code}"
 
 
-def judge(mutant: Mutant | None, source: bytes, names: set[str], without: Collection[str], check: str) -> Any:
-    """(status, by what): in the child."""
-    quiet()
+def judge(session: Session, mutant: Mutant, source: bytes, names: set[str]) -> tuple[str, str]:
+    """(status, by what)."""
+    said = direct(names or {"dpo", "bco", "dove"})
+    kinds = OF_FORMULAS if mutant.module in FAMILIES else OF_THE_REST
+    failed = [said] if said else session.run(names or REPRESENTATIVES, kinds)
+    return ("killed", failed[0].removeprefix("tests/")) if failed else ("survived", "")
+
+
+def judge_in_place(session: Session, mutant: Mutant, source: bytes, names: set[str]) -> tuple[str, str]:
+    """In a child of the session, whose modules are all there."""
     try:
-        if mutant is not None:
-            sys.meta_path.insert(0, Edited(mutant.module, source))
+        edit_in_place(mutant.module, source)
+    except Exception as error:
+        return "stillborn", f"{type(error).__name__}: {error}"[:200]
+    return judge(session, mutant, source, names)
+
+
+def judge_imported(mutant: Mutant, source: bytes, names: set[str], without: set[str], check: str) -> tuple[str, str]:
+    """In a process that has imported nothing of the package's formulas yet."""
+    sys.meta_path.insert(0, Edited(mutant.module, source))
+    try:
         import mlxpref.objectives  # noqa: F401
     except BaseException as error:
         return "stillborn", f"{type(error).__name__}: {error}"[:200]
     if check == "import":
         return "survived", ""
-    if mutant is None:
-        return "", through_pytest(None, (), dict.fromkeys(OF_THE_REST + OF_FORMULAS), first=False)
-    said = direct(names or {"dpo", "bco", "dove"})
-    kinds = OF_FORMULAS if mutant.module in FAMILIES else OF_THE_REST
-    failed = [said] if said else through_pytest(names or REPRESENTATIVES, without, kinds)
-    return ("killed", failed[0].removeprefix("tests/")) if failed else ("survived", "")
+    found: list[tuple[str, str]] = []
+
+    def work(session: Session) -> None:
+        session.without = without
+        found.append(judge(session, mutant, source, names))
+
+    try:
+        in_session(work)
+    except AssertionError as error:  # the tests themselves cannot be imported
+        return "killed", str(error)
+    return found[0]
 
 
 def quiet() -> None:
@@ -490,8 +519,8 @@ def quiet() -> None:
     sys.dont_write_bytecode = True
 
 
-def forked(work: Callable[[], Any]) -> tuple[int, int]:
-    """(process, pipe to read its answer from)."""
+def forked(work: Callable[[], Any], limited: bool = True) -> tuple[int, int]:
+    """(process, pipe to read its answer from). ``limited``: it says nothing and has its time."""
     out, into = os.pipe()
     pid = os.fork()
     if pid:
@@ -499,10 +528,12 @@ def forked(work: Callable[[], Any]) -> tuple[int, int]:
         return pid, out
     code = 1
     try:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(nowhere, stream)
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+        if limited:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nowhere, stream)
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+            quiet()
         os.write(into, json.dumps(work()).encode())
         code = 0
     finally:
@@ -520,16 +551,24 @@ def answer_of(pid: int, out: int) -> Any:
     return json.loads(said) if said else None
 
 
-def run_all(mutants: list[Mutant], editors: dict[str, Editor], without: Collection[str], args: Any) -> None:
-    """Fills in ``status``, ``by`` and ``seconds``; ``args.jobs`` processes at a time."""
+def in_own_session(work: Callable[[Session], None], mutants: list[Mutant], without: set[str]) -> Any:
+    in_session(work)
+    return [asdict(m) for m in mutants], sorted(without)
+
+
+Judge = Callable[[Mutant, bytes, set[str]], Any]
+
+
+def run_all(mutants: list[Mutant], editors: dict[str, Editor], judge_one: Judge, jobs: int) -> None:
+    """Fills in ``status``, ``by`` and ``seconds``; ``jobs`` processes at a time."""
     reached, waiting = affected_objectives(), list(reversed(mutants))
     running: dict[int, tuple[int, Mutant, float]] = {}
     done, began = 0, time.monotonic()
     while waiting or running:
-        while waiting and len(running) < args.jobs:
+        while waiting and len(running) < jobs:
             mutant = waiting.pop()
             source, names = editors[mutant.module].edited(mutant), reached.get((mutant.module, mutant.home), set())
-            pid, out = forked(lambda m=mutant, s=source, n=names: judge(m, s, n, without, args.check))
+            pid, out = forked(lambda m=mutant, s=source, n=names: judge_one(m, s, n))
             running[out] = (pid, mutant, time.monotonic())
         ready = select.select(list(running), [], [], 1.0)[0]
         for out, (pid, mutant, started) in list(running.items()):
@@ -542,8 +581,7 @@ def run_all(mutants: list[Mutant], editors: dict[str, Editor], without: Collecti
                 mutant.seconds = round(time.monotonic() - started, 2)
                 done += 1
                 if mutant.status == "survived" or done % 100 == 0:
-                    spent = time.monotonic() - began
-                    print(f"{done} {spent:.0f} s: {mutant.status} {mutant}", flush=True)
+                    print(f"{done} {time.monotonic() - began:.0f} s: {mutant.status} {mutant}", flush=True)
 
 
 # --- the whole ---------------------------------------------------------------------------------
@@ -590,25 +628,43 @@ def main() -> None:
     print(f"{len(mutants)} mutants of {', '.join(editors)}", flush=True)
     preload()
     began = time.monotonic()
-    without: list[str] = []
-    if args.check == "tests":
-        whole = answer_of(*forked(lambda: judge(None, b"", set(), (), args.check)))
-        assert whole is not None and whole[0] == "", f"without an edit: {whole}"
-        without = whole[1]
-        spent, told = time.monotonic() - began, ", ".join(without) or "nothing"
+    without: set[str] = set()
+    outside = [m for m in mutants if args.check == "import" or needs_import(m, editors[m.module])]
+
+    def without_an_edit(session: Session) -> None:
+        kinds = dict.fromkeys(OF_THE_REST + OF_FORMULAS)
+        failed = answer_of(*forked(lambda: session.run(None, kinds, first=False)))
+        assert failed is not None, "the tests do not come to their end without an edit"
+        without.update(failed)
+        spent, told = time.monotonic() - began, ", ".join(failed) or "nothing"
         print(f"without an edit: {spent:.0f} s; left out: {told}", flush=True)
+
+    def work(session: Session) -> None:
+        without_an_edit(session)
+        session.without = without
+        inside = [m for m in mutants if m not in outside]
+        run_all(inside, editors, lambda m, s, n: judge_in_place(session, m, s, n), args.jobs)
+
     try:
-        run_all(mutants, editors, without, args)
+        if args.check == "tests":
+            # In a process of its own: the rest have to begin without the formulas.
+            told = answer_of(*forked(lambda: in_own_session(work, mutants, without), limited=False))
+            assert told, "the session ended without a result"
+            for mutant, now in zip(mutants, told[0], strict=True):
+                mutant.status, mutant.by, mutant.seconds = now["status"], now["by"], now["seconds"]
+            without.update(told[1])
+        run_all(outside, editors, lambda m, s, n: judge_imported(m, s, n, without, args.check), args.jobs)
     finally:  # a run that is stopped keeps what it has found
         write(mutants, without, time.monotonic() - began, Path(args.out))
     for row in table(mutants):
         print(" ".join(f"{key} {value}" for key, value in row.items()))
 
 
-def write(mutants: list[Mutant], without: Collection[str], spent: float, out: Path) -> None:
+def write(mutants: list[Mutant], without: set[str], spent: float, out: Path) -> None:
     judged = [m for m in mutants if m.status]
     result = {
-        "table": table(judged), "left_out": without, "seconds": round(spent), "mutants": [asdict(m) for m in judged],
+        "table": table(judged), "left_out": sorted(without), "seconds": round(spent),
+        "mutants": [asdict(m) for m in judged],
     }  # fmt: skip
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 

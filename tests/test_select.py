@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from mlxpref import cli
 from mlxpref.config import RelabelSection
 from mlxpref.config_layers import load_config
+from mlxpref.data.fitting import fit_recipe
 from mlxpref.data.picking import Picking
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.relabel import relabel_all
@@ -199,6 +200,8 @@ def test_draws_depend_on_the_seed_and_the_id_alone(picking):
         return {example.example_id: example.responses for example in shaped(examples, picking=picking, seed=seed)}
 
     assert drawn(many(), 1) == drawn(many()[::-1], 1) != drawn(many(), 2)
+    places = {tuple(text.split()[1] for text in texts) for texts in drawn(many()[::6], 1).values()}
+    assert len(places) > 1  # lists of the same scores: one draw for all would give one answer
     assert set(drawn(many()[10:20], 1).items()) <= set(drawn(many(), 1).items())
 
 
@@ -486,10 +489,16 @@ def test_what_was_stored_is_read_back_equal(lists):
         assert found.fitted is not None and found.as_dict() == made.options[name]
         with pytest.raises(DataError, match="damaged"):
             kind.from_dict({"no such": 1})
-    again = relabel_sources(
-        [SourceSpec(str(lists))], made.recipe, scoring=stored["scoring"], picking=stored["picking"]
-    )
-    assert again.splits == made.splits
+    options = {"scoring": stored["scoring"], "picking": stored["picking"]}
+    assert relabel_sources([SourceSpec(str(lists))], made.recipe, **options).splits == made.splits
+    few = lists.with_name("few.jsonl")
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows_of_lists()[:6]), encoding="utf8")
+    again = relabel_sources([SourceSpec(str(few))], made.recipe, **options)  # by the bounds of the first
+    ids = {f"r{i}" for i in range(6)}
+    assert again.splits["train"] == [row for row in made.splits["train"] if row.example_id in ids]
+    assert again.options["picking"] == made.options["picking"]
+    with pytest.raises(UsageError, match="twice"):
+        relabel_sources([SourceSpec("nowhere")], SECTION, picking=Picking(select="max_min"))
 
 
 def test_the_order_of_rows_in_the_file_does_not_matter(lists, tmp_path):
@@ -525,6 +534,7 @@ def test_a_direction_names_the_score_in_the_prompt(lists):
         [SourceSpec(str(lists))], {"direction": "help*80 + honest*60", "template": "Aim at {score}."}
     )
     assert own.splits["train"][0].goal_text.startswith("Aim at ")
+    assert "\nA{b} of {score}: 7." in fit_recipe([listed("a", (1, 9))], called="A{b} of {score}").goal_text(7)
 
 
 def test_the_scale_of_ratings_is_kept_while_scores_are_ratings(tmp_path):
@@ -547,6 +557,27 @@ def test_the_scale_of_ratings_is_kept_while_scores_are_ratings(tmp_path):
     assert score_range(length_penalty=0.01) is score_range(direction="helpfulness*80 + correctness*60") is None
     assert score_range(**both, attributes=["helpfulness"]) == (0, 4)  # goals are of the ratings themselves
     assert score_range(**both, score_range=[-3, 3]) == (-3, 3)
+
+
+def test_a_rating_taken_as_the_score_brings_its_own_scale(tmp_path):
+    """UltraFeedback's score goes to 10, its ratings to 5: a best honesty of 5 must not be goal 5 of 10."""
+    answers = [
+        {
+            "response": f"answer {n}",
+            "overall_score": 2 * n,
+            "annotations": {
+                name: {"Rating": str(n)} for name in ("helpfulness", "honesty", "instruction_following", "truthfulness")
+            },
+        }
+        for n in (5, 2)
+    ]
+    file = tmp_path / "ultra.jsonl"
+    file.write_text(json.dumps({"prompt": "q", "completions": answers}) + "\n")
+    goals = {
+        name: [row.goal for row in relabel_sources([SourceSpec(str(file))], {"score_from": [name]}).splits["train"]]
+        for name in ("honesty", "overall")
+    }
+    assert goals == {"honesty": [10.0, 3.25], "overall": [10.0, 4.0]}
 
 
 def test_unconditioned_rows_are_shaped_too(lists):

@@ -21,21 +21,22 @@ from mlxpref.rewards.comparisons import win_rates
 
 Splits = Mapping[str, Sequence[Conditioned]]
 
+COMPUTED = " (`mlxpref columns` computes it)"
 REMEDIES = {
     "aligned_logps": "give each response its mean log-prob per token under the aligned models, as a list "
-    "aligned_logps, or in pairs as aligned_logps_chosen and aligned_logps_rejected",
+    "aligned_logps, or in pairs as aligned_logps_chosen and aligned_logps_rejected" + COMPUTED,
     "attributes": "give each response further scores, in pairs as NAME_chosen and NAME_rejected",
-    "confidence": "give each example a number confidence, 0 to 1",
+    "confidence": "give each example a number confidence, 0 to 1" + COMPUTED,
     "gold": "give each example a text gold, a response that is right",
     "groups": "give each example a text or number group",
     "instructions": "give data whose pairs have a prompt each: the columns i_chosen, r_chosen, i_rejected, r_rejected",
     "margin_rewards": "give each response the rewards of the other objectives, as a list margin_rewards, or in "
-    "pairs as margin_rewards_chosen and margin_rewards_rejected",
+    "pairs as margin_rewards_chosen and margin_rewards_rejected" + COMPUTED,
     "previous": "give each response its log-prob under the previous policy, as a list previous, or in pairs as "
-    "previous_chosen and previous_rejected",
+    "previous_chosen and previous_rejected" + COMPUTED,
     "rationale": "give each example a text rationale: why the better response is better",
     "scores": "give data whose responses are scored, in pairs as score_chosen and score_rejected",
-    "third": "give each example a text third, one more response to its prompt",
+    "third": "give each example a text third, one more response to its prompt" + COMPUTED,
     "token_weights": 'give each response a list token_weights of pieces {"text", "weight"}, in pairs as '
     "token_weights_chosen and token_weights_rejected",
     "win_rates": "give each response a number win_rates, or data whose responses are scored",

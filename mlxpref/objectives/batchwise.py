@@ -333,7 +333,7 @@ def selfie(
         state: the last margins; this batch's come in after its losses, in the order of its rows.
         beta: strength of the pull towards the reference, 1/nats.
         alpha: ε of the pairs in doubt.
-        quantile: Q is below this share of the last margins, interpolated linearly.
+        quantile: share of the last margins that lies below Q, interpolated linearly.
         after: steps of plain DPO before the first smoothing; the paper waits for 20 % of a run.
 
     Returns:

@@ -40,7 +40,7 @@ def pro(policy: ListLogps, scores: PerResponse, *, sft: NonNegative = 0.05) -> A
     Args:
         policy: log-probs of one batch of lists, (B, K, L), nats.
         scores: (B, K), best first.
-        sft: λ, weight of the negative log-likelihood of the best response, nats per token, for each of
+        sft: λ, weight of the best response's negative log-likelihood per token, tokens/nat, for each of
             (K − 1)².
 
     Returns:

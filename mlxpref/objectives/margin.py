@@ -215,7 +215,7 @@ def discopop(policy: Logps, reference: Logps, *, beta: Positive = 0.05, tau: Pos
     .. math:: -(1-m) \log\sigma(z) + m e^{-z}, \qquad m = \sigma(z/\tau), \quad z = \beta\Delta
 
     A loss found by a language model's search. It is not convex, nor monotone near 0: for τ = 0.05 it is
-    0.7874 at z = −0.1 and 0.8737 at z = 0.1. Its slope at 0, where training starts, is (1 − log 2)/(4τ) − ¾:
+    0.7874 at z = −0.1 and 0.8738 at z = 0.1. Its slope at 0, where training starts, is (1 − log 2)/(4τ) − ¾:
     for τ below 0.102, so at the default, the first steps lower the margin.
 
     Args:

@@ -118,7 +118,7 @@ def cpo(policy: Logps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> Arr
     Args:
         policy: log-probs of one batch of pairs, (B, 2, L), nats.
         beta: scale of the margin, 1/nats.
-        alpha: weight of the negative log-likelihood of the chosen response, nats per token.
+        alpha: weight of the chosen response's negative log-likelihood per token, tokens/nat.
 
     Returns:
         (B,) losses.
@@ -141,7 +141,7 @@ def orpo(policy: Logps, *, beta: NonNegative = 0.1) -> Array:
 
     Args:
         policy: log-probs of one batch of pairs, (B, 2, L), nats.
-        beta: weight of the odds-ratio term: the paper's λ, TRL's ``beta``. 0 leaves ``sft``.
+        beta: weight of the odds-ratio term, a number: the paper's λ, TRL's ``beta``. 0 leaves ``sft``.
 
     Returns:
         (B,) losses.
@@ -196,7 +196,7 @@ def triple_po(
         policy: log-probs of one batch of pairs, (B, 2, L), nats.
         gold: log-probs of the gold response to the same prompt, (B, 1, L), nats.
         beta: scale of the margin, 1/nats (tokens/nat when length_normalized).
-        alpha: weight of the negative log-likelihood of the gold response, nats per token.
+        alpha: weight of the gold response's negative log-likelihood per token, tokens/nat.
         gamma: the margin asked for, absolute.
         length_normalized: false: x is the sum of a response's log-probs; true: their mean.
 
@@ -225,7 +225,7 @@ def poft(policy: ListLogps, aligned_logps: PerResponse, *, beta: Positive = 1.0,
         aligned_logps: (B, K), m̄: log-prob under aligned models, nats per token of each model's own
             tokeniser, averaged over the models.
         beta: scale, tokens/nat.
-        gamma: added to the margin, absolute: above 0 less, below 0 more is asked of the policy.
+        gamma: added to the margin, a number: above 0 less, below 0 more is asked of the policy.
 
     Returns:
         (B,) losses; log 2 with γ = 0 where the policy scores as the aligned models do.

@@ -41,8 +41,11 @@ def f_dpo(
     Returns:
         (B,) losses; log 2 where policy = reference. Exponents are cut at 80, beyond which the gradient is 0.
 
+    Raises:
+        ValueError: an ``alpha`` given to another divergence than alpha.
+
     Convention: log-ratios are summed over tokens. α is that of TRL 1.x; older TRL has (1 − e^(−αa))/α,
-    where 1 − α stands for this α. Raises ValueError for an ``alpha`` given to another divergence.
+    where 1 − α stands for this α.
     Source: Wang et al. 2023, arXiv:2309.16240.
     Also known as: f_divergence_type (TRL, an option there).
     """

@@ -289,8 +289,8 @@ def _line(doc: str, key: str) -> str:
 
 def _kind(facts: Mapping[str, Any]) -> str:
     """A JSON Schema type in a few words: ``float ≥ 0 and < 0.5``, ``token or response``."""
-    if "enum" in facts:
-        return " or ".join(map(str, facts["enum"]))
+    if "enum" in facts or "const" in facts:
+        return " or ".join(map(str, facts.get("enum", [facts.get("const")])))
     if "anyOf" in facts:
         return " or ".join(map(_kind, facts["anyOf"]))
     words = {"number": "float", "integer": "int", "boolean": "true or false", "array": "list"}

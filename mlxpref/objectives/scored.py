@@ -45,7 +45,7 @@ def distilled_dpo(
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         scores: (B, 2), of the chosen and the rejected response.
         beta: strength of the pull towards the reference, 1/nats.
-        eta: η, scale of the scores; 1 in the paper, whose scores are a reward model's log-odds.
+        eta: η, scale of the scores, 1/points; 1 in the paper, whose scores are a reward model's log-odds.
 
     Returns:
         (B,) losses; (ηδ)² where policy = reference.
@@ -77,10 +77,10 @@ def reward_aware(
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         scores: (B, 2), of the chosen and the rejected response.
         beta: strength of the pull towards the reference, 1/nats; their ``ref_policy_kl_penalty``.
-        eta: η, scale of the scores; their ``gt_reward_scale``.
+        eta: η, scale of the scores, 1/points; their ``gt_reward_scale``.
         divergence: "sq", the square; "bwd_kl", KL(q‖p), with the gradient of soft labels; "fwd_kl",
             KL(p‖q), which hardly pushes hopeless pairs. Their names.
-        sft_weight: weight of the negative log-likelihood of the chosen response, nats per token.
+        sft_weight: weight of the chosen response's negative log-likelihood per token, tokens/nat.
 
     Returns:
         (B,) losses; 0 iff βΔ = ηδ (without sft_weight). Where policy = reference: (ηδ)², KL(q‖½), KL(½‖q).
@@ -109,7 +109,7 @@ def soft_label_dpo(
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         scores: (B, 2), of the chosen and the rejected response.
         beta: strength of the pull towards the reference, 1/nats.
-        eta: η, scale of the scores: ηδ are the log-odds that the label is right. Large: DPO.
+        eta: η, scale of the scores, 1/points: ηδ are the log-odds that the label is right. Large: DPO.
 
     Returns:
         (B,) losses; log 2 where policy = reference. The optimum is βΔ = ηδ, where the entropy of q remains.
@@ -141,7 +141,7 @@ def odpo(
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         scores: (B, 2), of the chosen and the rejected response.
         beta: strength of the pull towards the reference, 1/nats.
-        alpha: α, scale of the offset. 0 is DPO.
+        alpha: α, scale of the offset, a number (1/points when linear). 0 is DPO.
         offset: "log", α log δ (below 0 where δ < 1); "linear", αδ.
 
     Returns:
@@ -265,12 +265,12 @@ def experimental_e_dpo(
         D_i = \operatorname*{mean}_{\text{batch}} (\beta\Delta - \eta\delta_i)^2
 
     Args:
-        policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
+        policy, reference: log-probs of a whole batch of pairs, (B, 2, L), nats.
         attributes: (B, 2, M), scores of the two responses by each of M reward models.
         beta: strength of the pull towards the reference, 1/nats.
-        eta: η, scale of the scores.
-        tau: τ, softness of the minimum over models: towards 0 their minimum, large their mean.
-        gamma: γ, weight of the pessimism: the negative log-likelihood of both responses, nats per token.
+        eta: η, scale of the scores, 1/points.
+        tau: τ, softness of the minimum over models, in the unit of the loss: towards 0 their minimum, large their mean.
+        gamma: γ, weight of the pessimism, tokens/nat: of the negative log-likelihood per token of both responses.
 
     Returns:
         (B,) losses: the first term is the same in all rows, the second each row's own. One model and

@@ -61,7 +61,7 @@ def rationale_orpo(policy: Logps, rationale: TextLogps, *, beta: NonNegative = 0
         policy: log-probs of one batch of pairs, (B, 2, L), nats.
         rationale: log-probs of the rationale, as ``rationale_dpo``'s, (B, 1, L), nats.
         beta: weight of the odds-ratio term, as ``orpo``'s.
-        gamma: γ, weight of the negative log-likelihood of the rationale, nats per token.
+        gamma: γ, weight of the rationale's negative log-likelihood per token, tokens/nat.
 
     Returns:
         (B,) losses.
@@ -118,7 +118,7 @@ def selm(
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         third, third_reference: log-probs of a response decoded greedily from the reference, (B, 1, L), nats.
         beta: strength of the pull towards the reference, 1/nats.
-        alpha: weight of the optimism; 1e-3 for small models, 1e-4 for Llama-3-8B. 0 is DPO.
+        alpha: weight of the optimism, a number; 1e-3 for small models, 1e-4 for Llama-3-8B. 0 is DPO.
 
     Returns:
         (B,) losses, unbounded below; log 2 where policy = reference.
@@ -145,7 +145,7 @@ def xpo(policy: Logps, reference: Logps, third: TextLogps, *, beta: Positive = 0
         (B,) losses, unbounded below; log 2 + α ℓ₃ where policy = reference.
 
     Convention: all log-probs are summed over tokens. TRL's XPO trainer samples as it trains; here the
-    third response is in the data.
+    third response is in the data (a greedy one, where ``mlxpref columns`` made it).
     Source: Xie et al. 2024, arXiv:2405.21046.
     """
     return dpo(policy, reference, beta=beta) - alpha * sft(third, per="response")
@@ -170,7 +170,7 @@ def experimental_vpo(
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         third, third_reference: log-probs of a response of the calibration policy, (B, 1, L), nats.
         beta: strength of the pull towards the reference, 1/nats.
-        alpha: weight of the regulariser; 0 is DPO.
+        alpha: weight of the regulariser, a number; 0 is DPO.
         mode: "offline", −: calibration responses are pulled up; "online", +: they are pushed down, and the
             policy explores.
 
