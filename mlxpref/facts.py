@@ -123,6 +123,7 @@ def run_facts(
                 for stage, counts in data.counts.items()
             },
             "recipe": None if data.recipe is None else data.recipe.as_dict(),
+            "scoring": data.scoring,
         },
         "tokenization": config.tokenization.model_dump(mode="json"),
         "reference": config.reference.model_dump(mode="json", exclude={"store"}, exclude_none=True),
@@ -142,6 +143,7 @@ def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
         "objective": facts["objective"],
         "model": {key: facts["model"][key] for key in ("path", "revision", "fingerprint")},
         "recipe": facts["data"]["recipe"],
+        "scoring": facts["data"].get("scoring"),
         "tokenization": facts["tokenization"],
         "reference": facts.get("reference", {}),
         "init_from": facts["model"]["init_from"],

@@ -25,7 +25,7 @@ from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, DataError, raise_all
 from mlxpref.records import Conditioned, Counts, Tokenized
 
-WRITTEN_WITH = ("halves", "ties", "min_gap", "plain_share", "seed")
+WRITTEN_WITH = ("halves", "ties", "min_gap", "plain_share", "seed", "scoring", "picking")
 """What a relabelled folder says of how, besides its recipe, other rows become like its own."""
 
 
@@ -41,6 +41,7 @@ class Prepared:
         fingerprint: hash of every id, score, goal and weight, in order.
         groups: the distinct values of the column ``group``, whose places in here are the column ``groups``;
             () where nothing asked for it.
+        scoring: how scores were made before they became goals, as ``Scoring.as_dict`` has it; None if as they are.
     """
 
     train: tuple[Tokenized, ...]
@@ -50,6 +51,7 @@ class Prepared:
     said: tuple[str, ...]
     fingerprint: str
     groups: tuple[str, ...] = ()
+    scoring: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class _Found:
     said: list[str] = field(default_factory=list)
     counts: dict[str, Counts] = field(default_factory=dict)
     recipe: Recipe | None = None
+    scoring: Mapping[str, Any] | None = None
     groups: tuple[str, ...] = ()
 
 
@@ -97,6 +100,7 @@ def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = (
         said=tuple(found.said),
         fingerprint=fingerprint(rows),
         groups=found.groups,
+        scoring=found.scoring,
     )
 
 
@@ -129,7 +133,7 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     """Rows of a relabelled folder; its recipe was fitted there."""
     data = config.data
     folder = read_relabelled(str(data.source))
-    found.recipe = folder.recipe
+    found.recipe, found.scoring = folder.recipe, folder.options.get("scoring")
     available = tuple(folder.splits)
     train = find_split(data.split or "train", available) or data.split or "train"
     splits = {"train": first_examples(folder.read(train), data.limit)}
@@ -214,7 +218,7 @@ def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, li
         **({} if given is None else given.model_dump(include={"halves", "ties", "min_gap", "plain_share"})),
     )
     _note(result, found)
-    found.recipe = result.recipe
+    found.recipe, found.scoring = result.recipe, result.options.get("scoring")
     splits = dict(result.splits)
     if relabelled_valid:
         splits["valid"] = _read_valid(config, found)

@@ -64,7 +64,7 @@ def train(
         MlxprefError: its children say what is wrong with configuration, data, model or run folder.
     """
     config = absolute_paths(config)
-    objective = resolve_objective(_spec(config))
+    objective = resolve_objective(config.objective)
     machine = backend if backend is not None else backends.get(config.model.backend)
     listeners = Callbacks([*callbacks, *_reporters(config, machine)])
     try:
@@ -100,10 +100,6 @@ def absolute_paths(config: Config) -> Config:
         "reference": config.reference.model_copy(update={"previous": absolute(config.reference.previous)}),
     }
     return config.model_copy(update=changes)
-
-
-def _spec(config: Config) -> Any:
-    return list(config.objective) if isinstance(config.objective, tuple) else config.objective
 
 
 def _reporters(config: Config, machine: ModuleType) -> list[TrainCallback]:

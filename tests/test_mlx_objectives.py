@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlxpref.data.columns import available_columns
 
 from mlxpref.data.batching import collate_step
+from mlxpref.data.columns import available_columns
 from mlxpref.data.parts import PlannedPart, Splitter
 from mlxpref.data.shapes import sizes_up_to
 from mlxpref.errors import ConfigError, RunError

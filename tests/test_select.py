@@ -481,6 +481,16 @@ def test_the_folder_says_how_scores_were_made_and_a_recipe_scores_alike(lists, t
     assert clash.exit_code == 2 and "--combine" in clash.stderr
 
 
+def test_valid_rows_beside_a_folder_are_shaped_as_its_own(lists, tmp_path, chat_tokenizer):
+    """Finds validation rows whose goals are of other scores than those that are trained on."""
+    assert run(lists, "--out", tmp_path / "out", "--seed", 3, *WORDS).exit_code == 0
+    base = {"model": {"path": "m"}, "data": {"source": str(tmp_path / "out"), "valid": str(lists)}}
+    found = prepare(load_config(base=base), tokenizer=chat_tokenizer)
+    assert [(r.example_id, r.goal, r.scores) for r in found.valid] == [
+        (r.example_id, r.goal, r.scores) for r in found.train
+    ]
+
+
 def test_what_was_stored_is_read_back_equal(lists):
     made = relabel_sources([SourceSpec(str(lists))], SECTION | {"combine": "log_sigmoid", "length_penalty": "dice"})
     stored = json.loads(json.dumps(made.options))

@@ -131,7 +131,7 @@ def make_grid(
     shorts = short_names(keys)
     chosen = [dict(zip(keys, values, strict=True)) for values in product(*(one.values for one in varied))]
     tried = [_try(base, settings, values, shorts) for values in chosen]
-    _refuse(tried, varied, skip_impossible)
+    _refuse(tried, varied, shorts, skip_impossible)
     kept: dict[str, Combination] = {}
     for one in tried:
         if one.config is not None:
@@ -139,7 +139,7 @@ def make_grid(
     combinations = tuple(kept.values())
     _check_different(combinations)
     seed = combinations[0].config.training.seed
-    notes = (*_left_out(tried), *_meanings(combinations, shorts))
+    notes = (*_left_out(tried, shorts), *_meanings(combinations, shorts))
     return Grid(shorts, combinations, parse_seeds(seeds, seed), seed, notes)
 
 
@@ -183,7 +183,9 @@ def _try(base: Mapping[str, Any], settings: Settings, values: Mapping[str, Any],
     return _Tried(values, named, label_of(named), idle, (*_below_null(values).values(), *wrong), config)
 
 
-def _resolved(base: Mapping[str, Any], settings: Settings, values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+def _resolved(
+    base: Mapping[str, Any], settings: Settings, values: Mapping[str, Any]
+) -> tuple[Config | None, list[str]]:
     """The configuration, or what is wrong with it, a line each."""
     try:
         config = load_config(base=base, overrides=_overrides(base, settings, values))
@@ -234,7 +236,7 @@ def _formula(config: Config | None) -> str | None:
 # --- all of them ---
 
 
-def _refuse(tried: Sequence[_Tried], varied: Sequence[Varied], skip: bool) -> None:
+def _refuse(tried: Sequence[_Tried], varied: Sequence[Varied], shorts: Mapping[str, str], skip: bool) -> None:
     """ConfigError where nothing, or without ``skip`` not everything, can be."""
 
     def hopeless(key: str, value: Any) -> bool:
@@ -249,7 +251,7 @@ def _refuse(tried: Sequence[_Tried], varied: Sequence[Varied], skip: bool) -> No
     found: dict[str, list[str]] = {}
     for one in tried:
         for line in one.wrong:
-            found.setdefault(line, []).append(label_of({key: plain(value) for key, value in one.values.items()}))
+            found.setdefault(line, []).append(_named(one.values, shorts))
     remedy = "" if never or not possible else " (--skip-impossible leaves out what cannot be)"
     n = len({label for labels in found.values() for label in labels})
     raise_all(
@@ -257,6 +259,10 @@ def _refuse(tried: Sequence[_Tried], varied: Sequence[Varied], skip: bool) -> No
         ConfigError,
         f"{n} of {counted(len(tried), 'combination')} cannot be{remedy}:",
     )
+
+
+def _named(values: Mapping[str, Any], shorts: Mapping[str, str]) -> str:
+    return label_of({shorts[key]: plain(value) for key, value in values.items()})
 
 
 def _where(labels: Sequence[str], n: int) -> str:
@@ -280,13 +286,13 @@ def _check_different(combinations: Sequence[Combination]) -> None:
     raise_all(problems, ConfigError, "the same run under two names; vary what makes them differ:")
 
 
-def _left_out(tried: Sequence[_Tried]) -> Iterator[str]:
+def _left_out(tried: Sequence[_Tried], shorts: Mapping[str, str]) -> Iterator[str]:
     idle = dict.fromkeys((why, one.label) for one in tried for why in one.idle.values() if one.config is not None)
     for why, label in idle:
         yield f"{why}: {label} runs once without it"
     for one in tried:
         if one.config is None:
-            yield f"left out: {label_of(one.values)}: {'; '.join(one.wrong)}"
+            yield f"left out: {_named(one.values, shorts)}: {'; '.join(one.wrong)}"
 
 
 def _meanings(combinations: Sequence[Combination], shorts: Mapping[str, str]) -> Iterator[str]:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "columns": ("mlxpref.cli.columns", "Add columns that objectives need, computed by models."),
     "inspect": ("mlxpref.cli.inspect", "Look at tokenized examples, scored tokens marked."),
     "train": ("mlxpref.cli.train", "Train an adapter on preferences."),
+    "ablate": ("mlxpref.cli.ablate", "Compare runs with some settings varied, over several seeds."),
     "evaluate": ("mlxpref.cli.evaluate", "Measure an adapter, or a model without one, on pairs."),
     "generate": ("mlxpref.cli.generate", "Answer prompts at one or several goals."),
     "merge": ("mlxpref.cli.merge", "Combine adapters into one, or carry one further."),

@@ -18,11 +18,12 @@ from mlxpref.cli.sources import Reading, source_options
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.relabel import fit_recipe, resolve_carrier
 from mlxpref.data.relabelled import is_relabelled, read_relabelled
+from mlxpref.data.scoring import Scoring, given_fields
 from mlxpref.data.sources import find_split, open_source, read_source
-from mlxpref.errors import UsageError
+from mlxpref.errors import DataError, UsageError
 from mlxpref.evaluate import evaluate, in_goal_units, restore
 from mlxpref.files import write_text, written_aside
-from mlxpref.records import Counts, Scored
+from mlxpref.records import Counts, Dropped, Scored
 from mlxpref.reference import ReferenceStore, default_store_folder
 
 EPILOG = """\b
@@ -108,6 +109,8 @@ def command(
     )  # fmt: skip
     if opened.facts.get("init_from"):
         console.warn(f"trained against adapter {opened.facts['init_from']}; measured against the base")
+    if not is_relabelled(data):
+        examples = _scored_as_trained(examples, opened.facts.get("scoring"), counts)
     recipe = _recipe(opened, examples, written_with, is_relabelled(data))
     lengths = _lengths(opened.facts, options)
     store = None
@@ -159,6 +162,23 @@ def _read_relabelled(folder: Path, reading: Reading) -> tuple[list[Scored], Coun
     rows = relabelled.read(find_split(split, available) or split)
     examples = restore(rows, relabelled.recipe)[: reading.limit]
     return examples, Counts(kept=len(examples)), relabelled.recipe
+
+
+def _scored_as_trained(examples: Sequence[Scored], stored: Any, counts: Counts) -> list[Scored]:
+    """Data as they are, with the scores the adapter's goals were made of; what has none is counted as dropped."""
+    if not stored:
+        return list(examples)
+    scoring, found = Scoring.from_dict(stored), []
+    for example in examples:
+        try:
+            found.append(scoring(example))
+        except DataError as error:
+            counts.drop(Dropped(str(error), example.place))
+            counts.kept -= 1
+    console.note("scores are made as in training: " + ", ".join(f"{k} {v}" for k, v in given_fields(scoring).items()))
+    if not found:
+        raise DataError("\n  ".join(["no example can be scored as in training", *counts.lines()]))
+    return found
 
 
 def _held_out(splits: Sequence[str]) -> str | None:

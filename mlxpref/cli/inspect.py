@@ -19,6 +19,7 @@ from mlxpref.data.sources import find_split, read_source
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, UsageError
+from mlxpref.objectives import resolve_objective
 from mlxpref.prepare import first_examples, prepare
 from mlxpref.records import Conditioned, Counts, Tokenized
 
@@ -112,7 +113,7 @@ Found = tuple[Sequence[Tokenized], Mapping[str, Counts], Any]
 def _from_config(file: Path, split: str) -> Found:
     config = load_config(file)
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
-    prepared = prepare(config, tokenizer=tokenizer)
+    prepared = prepare(config, tokenizer=tokenizer, needs=resolve_objective(config.objective).needs)
     for line in prepared.said:
         console.note(line)
     splits = {"train": prepared.train, "valid": prepared.valid}
@@ -160,17 +161,22 @@ def _pick(rows: Sequence[Tokenized], how: str, number: int, seed: int) -> list[T
 
 
 def example_lines(row: Tokenized, tokenizer: Any, *, each: bool) -> Iterator[str]:
-    """The first response after the whole prompt, the others after its end; scored tokens marked."""
+    """The first response after the whole prompt, the others and further texts after its end; scored tokens marked."""
     prompt = tokenizer.decode(row.prompt_ids)
     length = _count(len(row.prompt_ids), row.prompt_cut)
     yield f"\n===== {row.example_id} · half {row.half or 'none'} · prompt {length} ====="
     yield goal_words(row.goal)
-    for k, ids in enumerate(row.response_ids):
-        role = "chosen" if k == 0 else "rejected" if len(row.response_ids) == 2 else f"response {k + 1}"
-        score = "" if row.scores is None else f", score {row.scores[k]:g}"
-        yield f"----- {role}{score} · {_count(len(ids), row.response_cut[k])} scored -----"
+    k_all, texts = len(row.response_ids), [name for name in sorted(row.texts) for _ in row.texts[name]]
+    for k, (lead, ids) in enumerate(row.slots):
+        role = "chosen" if k == 0 else "rejected" if k_all == 2 else f"response {k + 1}"
+        cut = row.response_cut[k] if k < k_all else 0
+        score = "" if row.scores is None or k >= k_all else f", score {row.scores[k]:g}"
+        name = role if k < k_all else texts[k - k_all]
+        yield f"----- {name}{score} · {_count(len(ids), cut)} scored -----"
         before = prompt if k == 0 or len(prompt) <= SHOWN else "…" + prompt[-SHOWN:]
-        yield before + "".join(mark(piece) for piece in _pieces(row.prompt_ids, ids, tokenizer, each))
+        start = np.concatenate([row.prompt_ids, lead])
+        between = "".join(_pieces(row.prompt_ids, lead, tokenizer, False)) if len(lead) else ""
+        yield before + between + "".join(mark(piece) for piece in _pieces(start, ids, tokenizer, each))
 
 
 def mark(text: str) -> str:

@@ -84,7 +84,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 OF_RESPONSE = ("aligned_logps", "margin_rewards", "previous", "token_weights", "win_rates")
 """Columns any format may have with a value for each response."""
 
-OF_EXAMPLE = ("confidence", "group")
+OF_EXAMPLE = ("ches", "confidence", "group")
 """… with a value for the example,"""
 
 OWN_TEXTS = ("gold", "rationale", "third")

@@ -29,8 +29,7 @@ def check_config(file: Path) -> tuple[Check, Config | None]:
     """Read a configuration as ``train`` would; None when it cannot be used."""
     try:
         config = load_config(file)
-        objective = config.objective
-        resolve_objective(list(objective) if isinstance(objective, tuple) else objective)
+        resolve_objective(config.objective)
     except MlxprefError as error:
         return Check("config", "fail", str(error), "mend what is named; configs/ has commented examples"), None
     return Check("config", "ok", f"{file}: every key and value is understood"), config
