@@ -542,6 +542,26 @@ def test_the_command(fake_room: Any, tmp_path: Path, no_sockets: Any) -> None:
     ]  # fmt: skip
 
 
+def test_raw_data_are_scored_as_in_training(fake_room: Any, tmp_path: Path) -> None:
+    """Finds goals of one score asked of an adapter that was trained on goals of another."""
+    rows = []
+    for i, example in enumerate(PAIRS[:3]):
+        helpful = {"help_chosen": 2 + i, "help_rejected": 7} if i < 2 else {}
+        sides = {"chosen": example.responses[0], "rejected": example.responses[1]}
+        scores = {"score_chosen": 9, "score_rejected": 1}
+        rows.append({"prompt": example.prompt[0].content, **sides, **scores, **helpful})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored = {"score_from": ["help"], "fitted": {"standards": {}, "references": {}, "alpha": 0.0}}
+    adapter = write_adapter(tmp_path / "adapter", Recipe(), scoring=stored)
+    figures = tmp_path / "figures.json"
+    ran = run(tmp_path / "pairs.jsonl", "--adapter-path", adapter, "--json", figures, "--per-row", tmp_path / "rows")
+    assert ran.exit_code == 0, ran.output
+    assert "scores are made as in training: score_from help" in ran.output
+    records = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert {row["goal"] for row in records if row["view"] in ("chosen", "rejected")} == {2, 3, 7}
+    assert json.loads(figures.read_text())["views"]["chosen"]["rows"] == 2 and "no attribute 'help'" in ran.output
+
+
 def test_the_limits_of_training_hold_in_evaluation(fake_room: Any, tmp_path: Path) -> None:
     """Finds lengths that training writes where evaluation does not look."""
     data = write_pairs(tmp_path / "pairs.jsonl", PAIRS)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+from libraries import NUMPY, TORCH32
+from oracle import Example, pair
 from pydantic import ValidationError
+from test_objectives import gradients, losses
 
-from mlxpref.objectives import TABLE
+from mlxpref.errors import ObjectiveError
+from mlxpref.objectives import TABLE, resolve_objective
 
 # --- ranges of options -------------------------------------------------------------------------
 
@@ -80,3 +85,46 @@ def test_options_take_their_range_and_no_more(ends: str, option: str) -> None:
     for number in refused:
         with pytest.raises(ValidationError):
             TABLE[name].model(**{key: number})
+
+
+# --- bounds within formulas --------------------------------------------------------------------
+
+CUT = math.exp(80)
+"""Where exponents are cut: beyond it float32 overflows."""
+
+
+@pytest.mark.parametrize(
+    "name, options, x, expected",
+    [
+        # m e^-z = exp(log σ(z/τ) − z) = e^(−30 + 300) before the cut.
+        ("discopop", {"beta": 1.0, "tau": 10.0}, pair(-300, 0), CUT),
+        ("f_dpo", {"beta": 0.5, "divergence": "forward_kl"}, pair(-200, 0), 0.5 * CUT),
+        ("f_dpo", {"beta": 0.5, "divergence": "alpha", "alpha": 3.0}, pair(0, 200), 0.5 * CUT / 2),
+        ("alphapo", {"beta": 0.5, "gamma": 0.0, "alpha": 1.0}, Example([[-200.0], [0.0]], [[0.0]] * 2), 0.5 * CUT),
+    ],
+)
+def test_exponents_are_cut_at_eighty(name: str, options: dict[str, float], x: Example, expected: float) -> None:
+    """Finds: a cut left out, which float32 notices only for options that no other test takes, or another cut."""
+    assert losses(NUMPY, name, options, [x])[0] == pytest.approx(expected, rel=1e-9)
+    assert np.isfinite(losses(TORCH32, name, options, [x])).all()
+    assert np.isfinite(gradients(TORCH32, name, options, [x], ["policy"])[0]).all()
+
+
+def test_odds_of_a_certain_response_are_those_of_a_millionth_less() -> None:
+    """ORPO at m = 0 for one response only. Finds: another clamp, which two certain responses hide."""
+    x = Example([[0.0], [-1.0]], [[0.0], [0.0]])
+    certain, other = 13.8155105, -math.log(math.e - 1)
+    expected = math.log1p(math.exp(other - certain))
+    assert losses(NUMPY, "orpo", {"beta": 1.0}, [x])[0] == pytest.approx(expected, rel=1e-7)
+
+
+def test_mm_dpo_has_a_least_beta() -> None:
+    expected = math.log1p(math.exp(-1e-3 * 40))
+    assert losses(NUMPY, "mm_dpo", {"beta": 1e-5}, [pair(30, -10)])[0] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
+def test_f_dpo_refuses_an_alpha_that_would_do_nothing(divergence: str) -> None:
+    with pytest.raises(ObjectiveError, match=r"alpha = 0\.3 acts only with divergence alpha"):
+        resolve_objective({"name": "f_dpo", "divergence": divergence, "alpha": 0.3})
+    assert resolve_objective({"name": "f_dpo", "divergence": "alpha", "alpha": 0.3}).options["alpha"] == 0.3

@@ -727,3 +727,20 @@ def test_inspect_marks_single_tokens(tmp_path: Path, tiny_model_dir: Path) -> No
     assert "".join(re.findall("⟦(.*?)⟧", line)) == "Hello, 你好!<|im_end|>"
     assert line.count("⟦") > 4
     assert "not relabelled" in ran.output
+
+
+def test_inspect_shows_the_further_texts_an_objective_reads(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Finds a preview without the third response, and a rationale scored together with what leads to it."""
+    line = {"prompt": "Say it", "chosen": "Yes.", "rejected": "No.", "third": "Perhaps.", "rationale": "It is kind."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
+    config = tmp_path / "run.yaml"
+    for objective, scored_text in (("xpo", "Perhaps."), ("rationale_dpo", "It is kind.")):
+        config.write_text(
+            f"model: {{path: {tiny_model_dir}}}\ndata: {{source: {tmp_path / 'pairs.jsonl'}}}\nobjective: {objective}\n"
+        )
+        ran = CliRunner().invoke(main, ["inspect", "-c", str(config)])
+        assert ran.exit_code == 0, ran.output
+        assert ran.output.count("⟦") == 3 and f"⟦{scored_text}<|im_end|>⟧" in ran.output
+        name = "third" if objective == "xpo" else "rationale"
+        shown = ran.output.partition(f"----- {name} · ")[2]
+        assert shown and ("No." in shown.partition("⟦")[0]) == (name == "rationale")

@@ -175,7 +175,8 @@ def _scored_as_trained(examples: Sequence[Scored], stored: Any, counts: Counts) 
         except DataError as error:
             counts.drop(Dropped(str(error), example.place))
             counts.kept -= 1
-    console.note("scores are made as in training: " + ", ".join(f"{k} {v}" for k, v in given_fields(scoring).items()))
+    given = {name: ", ".join(v) if isinstance(v, list) else v for name, v in given_fields(scoring).items()}
+    console.note("scores are made as in training: " + "; ".join(f"{name} {value}" for name, value in given.items()))
     if not found:
         raise DataError("\n  ".join(["no example can be scored as in training", *counts.lines()]))
     return found
