@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 from libraries import NUMPY, TORCH32
-from oracle import Example, pair
+from oracle import ORACLE, Example, pair, random_examples, responses
 from pydantic import ValidationError
-from test_objectives import gradients, losses
+from test_objectives import columns, gradients, losses
 
 from mlxpref.errors import ObjectiveError
 from mlxpref.objectives import TABLE, resolve_objective
+from mlxpref.objectives.scored import modpo
 
 # --- ranges of options -------------------------------------------------------------------------
 
@@ -128,3 +129,27 @@ def test_f_dpo_refuses_an_alpha_that_would_do_nothing(divergence: str) -> None:
     with pytest.raises(ObjectiveError, match=r"alpha = 0\.3 acts only with divergence alpha"):
         resolve_objective({"name": "f_dpo", "divergence": divergence, "alpha": 0.3})
     assert resolve_objective({"name": "f_dpo", "divergence": "alpha", "alpha": 0.3}).options["alpha"] == 0.3
+
+
+@pytest.mark.parametrize("weights", [(1.5, -0.5), (0.5, 0.5 + 1.5e-6), (0.5, 0.5 - 1.5e-6)])
+def test_modpo_itself_refuses_weights_that_are_no_shares(weights: tuple[float, ...]) -> None:
+    """For callers that pass by the options' own ranges."""
+    given = columns(NUMPY, random_examples(2))
+    with pytest.raises(ValueError, match=r"shares, ≥ 0, that sum to 1"):
+        modpo(given["policy"], given["reference"], given["margin_rewards"], weights=weights)
+
+
+def test_mm_dpo_takes_the_size_of_the_gap() -> None:
+    """A gap below 0, as between attributes that contradict the order, weighs as much as one above."""
+    one, other = (losses(NUMPY, "mm_dpo", {}, [pair(3, -1, scores)]) for scores in ((8, 5.5), (5.5, 8)))
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["experimental_info_nca", "experimental_nca"])
+def test_shares_of_large_scores_keep_their_digits(name: str) -> None:
+    """Finds: scores of thousands divided by α before their largest is taken off, which float32 rounds."""
+    scores = (10000.25, 10000.0, 9999.5)
+    xs = [responses((2.0, -1.0, 0.5), tuple(s - by for s in scores)) for by in (0.0, 9999.0)]
+    for x in xs:
+        (got,) = losses(TORCH32, name, {"beta": 1.0, "alpha": 0.3}, [x])
+        assert got == pytest.approx(ORACLE[name].loss(xs[1], beta=1.0, alpha=0.3), rel=1e-5)

@@ -23,6 +23,15 @@ pytestmark = pytest.mark.mlx
 STORIES = [f"Once upon a time there was a {a} {b}." for a in ("little", "big") for b in ("girl", "cat", "dog")]
 
 
+STATES = [
+    "objective=[{name: bco}, {name: alpha_dpo}, {name: group_robust}, {name: selfie}]",
+    "reference.update=soft",
+    "reference.sync_steps=2",
+    "batching.micro_batch_tokens=600",
+]
+"""Everything a run carries from step to step beside weights and optimiser, through several micro-batches."""
+
+
 @pytest.fixture
 def configure(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Config]:
     file = tmp_path / "pairs.jsonl"
@@ -31,7 +40,7 @@ def configure(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Config]:
             "prompt": f"Write story {i}.",
             "chosen": STORIES[i % 6] + " The cat said hello." * (i % 3 + 1),
             "rejected": STORIES[(i + 1) % 6],
-            "score_chosen": 9, "score_rejected": 2 + i % 5,
+            "score_chosen": 9, "score_rejected": 2 + i % 5, "group": "abc"[i % 3],
         }
         for i in range(24)
     ]  # fmt: skip
@@ -74,8 +83,8 @@ def adapter(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(
     "settings",
-    [[], ["optimizer.name=muon"], ["adapter.fine_tune_type=dora", "training.grad_checkpoint=true"]],
-    ids=["adamw", "muon", "dora"],
+    [[], ["optimizer.name=muon"], ["adapter.fine_tune_type=dora", "training.grad_checkpoint=true"], STATES],
+    ids=["adamw", "muon", "dora", "states"],
 )
 def test_resumed_equals_uninterrupted_byte_for_byte(
     configure: Any, tmp_path: Path, settings: list[str]
