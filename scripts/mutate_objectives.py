@@ -1,19 +1,20 @@
 """Change the objectives one small fault at a time, and see whether the tests notice.
 
-    python scripts/mutate_objectives.py --out mutants.json                      # every module, some ten minutes
+    python scripts/mutate_objectives.py --out mutants.json                      # every module, half an hour
     python scripts/mutate_objectives.py --module margin --jobs 1 --out margin.json
     python scripts/mutate_objectives.py --again mutants.json --out again.json   # only what survived the last run
     python scripts/mutate_objectives.py --module margin --check import --out nothing.json   # no test: all survive
 
-A mutant is one module of ``mlxpref/objectives`` with one edit. Each is imported in a process of its own and has to
-pass, in this order,
+A mutant is one module of ``mlxpref/objectives`` with one edit. Each gets a process of its own, forked from one that
+has collected all tests, where the functions of the module take the edited code; an edit outside of functions is
+imported afresh instead. It has to pass, in this order,
 
 1. values against the oracle in NumPy and gradients in PyTorch, float64 and float32, of the objectives that the edited
    line is a part of;
 2. the files of tests in ``OF_FORMULAS`` or ``OF_THE_REST``, up to the first failure; of the tests that are about one
-   objective, those about these objectives.
+   objective, those about these objectives. Left out are tests that train a model.
 
-It is *killed* if anything fails, and *survived* if nothing does. *Stillborn* is one with which
+It is *killed* if anything fails or takes too long, and *survived* if nothing does. *Stillborn* is one with which
 ``mlxpref.objectives`` cannot be imported at all; no share counts it. ``docs/mutation.md`` has the last result.
 
 Not edited: docstrings, texts of messages, annotations of parameters (options' ranges are named types, whose own
@@ -47,9 +48,11 @@ FOLDER = ROOT / "mlxpref" / "objectives"
 FAMILIES = ("margin", "ratios", "batchwise", "policy_only", "scored", "listwise", "tokenwise", "texts")
 MODULES = (*FAMILIES, "logratios", "weighting", "lift", "columns", "mixture", "resolve", "registry")
 OF_FORMULAS = ("survivors", "identities", "objectives", "coupled")
-OF_THE_REST = ("lists", "registry", "weighting", "coupled", "survivors", "objectives_command", "objectives")
+OF_THE_REST = (
+    "lists", "registry", "weighting", "coupled", "survivors", "objectives_command", "objectives", "identities",
+)  # fmt: skip
 CPU_SECONDS, WALL_SECONDS = 60, 180
-"""Of one mutant: an edit may well loop for ever. Without an edit all tests take 15 of the first."""
+"""Of one mutant: an edit may well loop for ever. Without an edit all tests take 25 of the first."""
 
 Variants = Iterator[tuple[str, str]]
 """(kind of edit, new text) for one node."""
@@ -78,9 +81,9 @@ SIBLINGS = {
 }  # fmt: skip
 """Functions with the same parameters that are easily mistaken for each other."""
 REPRESENTATIVES = frozenset({
-    "dpo", "simpo", "sft", "lipo", "bco", "group_robust", "kto", "dove", "modpo", "experimental_mapo",
+    "dpo", "simpo", "sft", "lipo", "bco", "group_robust", "kto", "dove", "modpo", "experimental_mapo", "triple_po",
 })  # fmt: skip
-"""Of every kind of column, for edits that no one formula is made of."""
+"""Of every kind of column and option, for edits that no one formula is made of; ``--again`` asks all."""
 TRANSPARENT = {"stop_gradient", "relu", "absolute", "clip", "sort", "sorted"}
 """Functions without which their first argument is left as it is."""
 ATTRIBUTES = {"sums": "means", "means": "sums", "sum": "mean", "mean": "sum"}
@@ -430,6 +433,7 @@ class Session:
     def __init__(self, work: Callable[[Session], None]) -> None:
         self.work, self.items, self.failed = work, [], []  # type: ignore[var-annotated]
         self.without: set[str] = set()
+        self.general: Collection[str] | None = REPRESENTATIVES
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if "tiny_model_dir" not in item.fixturenames]  # whole runs: seconds each
@@ -476,7 +480,7 @@ def judge(session: Session, mutant: Mutant, source: bytes, names: set[str]) -> t
     """(status, by what)."""
     said = direct(names or {"dpo", "bco", "dove"})
     kinds = OF_FORMULAS if mutant.module in FAMILIES else OF_THE_REST
-    failed = [said] if said else session.run(names or REPRESENTATIVES, kinds)
+    failed = [said] if said else session.run(names or session.general, kinds)
     return ("killed", failed[0].removeprefix("tests/")) if failed else ("survived", "")
 
 
@@ -642,7 +646,7 @@ def main() -> None:
 
     def work(session: Session) -> None:
         without_an_edit(session)
-        session.without = without
+        session.without, session.general = without, None if args.again else REPRESENTATIVES
         inside = [m for m in mutants if m not in outside]
         run_all(inside, editors, lambda m, s, n: judge_in_place(session, m, s, n), args.jobs)
 
