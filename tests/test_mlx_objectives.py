@@ -171,14 +171,14 @@ def test_overlap_and_token_kl_are_those_of_the_whole_distributions(
     """Finds: a reference that is the policy, a KL the wrong way round, chunks joined wrongly."""
     from mlxpref.mlx_backend import logps
     from mlxpref.mlx_backend.arrays import to_mlx
-    from mlxpref.mlx_backend.step import reference_hidden
+    from mlxpref.mlx_backend.reading import hidden_rows
 
     monkeypatch.setattr(logps, "chunk_rows", lambda vocabulary: chunk)
     objective = resolve_objective([{"name": "experimental_mapo", "weighting": "wpo"}])
     assert objective.needs >= {"overlap", "token_kl", "reference"}
     rows = rows_with_everything(3)
     batch = batch_of(policy, rows, objective, [[0, 1, 2]])
-    part = batch.parts[0]._replace(extras={"reference_hidden": reference_hidden(policy, batch.parts[0])})
+    part = batch.parts[0]._replace(extras={"reference_hidden": hidden_rows(policy, batch.parts[0], reference=True)})
     for differentiate in (False, True):
         tokens, found = policy.network.token_values(
             to_mlx(part), differentiate=differentiate, statistics=("overlap", "token_kl")
@@ -324,7 +324,10 @@ def test_a_moving_reference_follows_in_the_merged_weights(policy: Any, tmp_path:
     second = step(batch, 5e-2)
     expected = {name: alpha * value + (1 - alpha) * expected[name] for name, value in merged(policy).items()}
     for name, module in policy.moving.items():
-        np.testing.assert_allclose(np.array(module.weight), expected[name], atol=1e-6)
+        weight = np.array(module.plain.weight, np.float64) + np.array(module.delta, np.float64)
+        np.testing.assert_allclose(weight, expected[name], atol=1e-6)
+    skipped = batch._replace(parts=tuple(part._replace(weights=part.weights * 0) for part in batch.parts))
+    assert step(skipped, 5e-2).skipped and step.moving.n_updates == 2
     step.save_state(tmp_path)
     third = step(batch, 0.0)
     assert third.loss != pytest.approx(second.loss, abs=1e-5)
@@ -334,3 +337,28 @@ def test_a_moving_reference_follows_in_the_merged_weights(policy: Any, tmp_path:
     again.load_state(tmp_path)
     assert again.moving.n_updates == 2 and again(batch, 0.0).loss == third.loss
     policy.moving = None
+
+
+@pytest.mark.parametrize("kind, dtype", [("lora", "bfloat16"), ("dora", None), ("full", None)])
+def test_a_copied_reference_is_the_policy(tiny_model_dir: Path, kind: str, dtype: str | None) -> None:
+    """Finds: a change lost in the base's few digits, magnitudes left out, full weights that stay behind."""
+    from mlxpref import mlx_backend
+
+    lora = {} if kind == "full" else {"lora_parameters": LORA}
+    loaded = mlx_backend.load_policy(str(tiny_model_dir), num_layers=1, dtype=dtype, fine_tune_type=kind, **lora)
+    objective, rows = resolve_objective("dpo"), rows_with_everything()
+    batch = batch_of(loaded, rows, objective, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    batch = batch._replace(parts=tuple(part._replace(reference=None) for part in batch.parts))
+    step = mlx_backend.make_step(loaded, objective, reference_update={"kind": "hard", "every": 1})
+    first = step(batch, 1e-3 if kind == "full" else 1e-2)
+    moved = step(batch, 0.0)
+    bound = 1e-6 if dtype is None else 5e-3  # in bfloat16 the two forwards round apart
+    assert first.loss == pytest.approx(np.log(2), abs=bound)
+    assert moved.loss == pytest.approx(np.log(2), abs=bound)
+    np.testing.assert_allclose(moved.policy_sums, moved.reference_sums, atol=2e-5 if dtype is None else 0.3)
+    assert np.abs(moved.policy_sums - first.policy_sums).max() > (0.01 if dtype is None else 0.1)
+    if dtype is not None:
+        for name, delta in step.moving.save().items():
+            if name != "n_updates":
+                a, b = (np.array(loaded.masters[f"{name}.{key}"]) for key in ("lora_a", "lora_b"))
+                np.testing.assert_allclose(np.array(delta), LORA["scale"] * (a @ b).T, rtol=1e-5, atol=1e-9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,3 +155,47 @@ def test_shares_of_large_scores_keep_their_digits(name: str) -> None:
     for x in xs:
         (got,) = losses(TORCH32, name, {"beta": 1.0, "alpha": 0.3}, [x])
         assert got == pytest.approx(ORACLE[name].loss(xs[1], beta=1.0, alpha=0.3), rel=1e-5)
+
+
+# --- lists, and how a configuration is refused -------------------------------------------------
+
+
+def test_first_two_takes_one_pair_of_a_long_list() -> None:
+    """Finds: every response told apart counted, and not the first alone; lists of three cannot tell."""
+    xs = [Example([[-1.0], [-2.0], [-4.0], [-8.0]], [[0.0]] * 4)] * 4
+    given = columns(NUMPY, [replace(x, scores=(0, 0, 0, 0)) for x in xs])
+    given["goal_distances"] = np.array([[0, 0, 1, 4], [0, 0, 0, 1], [0, 1, 2, 3], [0, 1, 0, 4]], float)
+    found = resolve_objective({"name": "dpo", "beta": 1.0})(given)
+    np.testing.assert_allclose(found, [math.log1p(math.exp(-gap)) for gap in (3, 7, 1, 1)], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ({"name": "dpo", "bata": 0.2}, r"did you mean beta\?"),  # near, and no beginning of it
+        ({"name": "dpo", "Label-Smoothing": 0.2}, r"did you mean label_smoothing\?"),
+        ({"name": "dpo", "label_smoothing_rate": 0.2}, r"did you mean label_smoothing\?"),
+        ("DPO", r"did you mean dpo or"),
+        ("ln-dpo", r"did you mean ln_dpo or"),
+        ("Sigmoid Norm", r"did you mean ln_dpo\?"),
+        ("wxyz", r"wxyz: no such objective; There are: dpo, robust"),
+        ({"name": "modpo", "weights": (1.5, -0.5)}, r"weights: \(1\.5, -0\.5\) should be"),
+        ({"name": "selfie", "after": True}, r"after: True is not a number \(int ≥ 0, default 0\)"),
+    ],
+)
+def test_what_is_refused_names_what_would_be_right(spec: Any, said: str) -> None:
+    with pytest.raises(ObjectiveError, match=said):
+        resolve_objective(spec)
+
+
+def test_a_refusal_is_told_once() -> None:
+    """Finds: a truth value for a number told again as out of range; more or fewer names than three."""
+    with pytest.raises(ObjectiveError) as caught:
+        resolve_objective({"name": "dpo", "label_smoothing": True})
+    assert str(caught.value).count("label_smoothing:") == 1
+    with pytest.raises(ObjectiveError, match=r"did you mean \w+ or \w+ or \w+\?"):
+        resolve_objective("dpoo")
+
+
+def test_a_truth_value_is_taken_where_one_is_asked_for() -> None:
+    assert resolve_objective({"name": "triple_po", "length_normalized": True}).options["length_normalized"] is True

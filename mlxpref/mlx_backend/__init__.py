@@ -10,11 +10,11 @@ blas.preload()  # before mlx.core is loaded: on Linux CPU a fast BLAS replaces t
 
 from mlxpref.mlx_backend.adapter import load_adapter, save_adapter  # noqa: E402
 from mlxpref.mlx_backend.generation import generate  # noqa: E402
-from mlxpref.mlx_backend.hidden import hidden_sums  # noqa: E402
 from mlxpref.mlx_backend.memory import device_info, memory, set_memory_policy  # noqa: E402
 from mlxpref.mlx_backend.policy import Policy, load_policy  # noqa: E402
 from mlxpref.mlx_backend.probe import examine  # noqa: E402
-from mlxpref.mlx_backend.step import Step, make_step, token_logps  # noqa: E402
+from mlxpref.mlx_backend.reading import hidden_sums, token_logps  # noqa: E402
+from mlxpref.mlx_backend.step import Step, make_step  # noqa: E402
 
 __all__ = [
     "Policy",

@@ -1,7 +1,8 @@
 """A reference that follows the policy: its weights are moved towards the policy's every so many updates.
 
-The mixture is exact in the merged weights. Two adapters cannot be mixed factor by factor, so the reference
-holds each adapted module whole, with its adapter merged in; the policy keeps its adapter.
+The mixture is exact in the merged weights. Two adapters cannot be mixed factor by factor, so the reference holds
+for each adapted module what its weights differ by from the base's, whole and in float32, beside the base's own
+weights (quantised or not). That is a dense matrix a module: more memory than an adapter takes.
 """
 
 from __future__ import annotations
@@ -11,12 +12,31 @@ from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxpref.errors import RunError
+from mlxpref.errors import ConfigError, RunError
 from mlxpref.mlx_backend.policy import Policy
 
 Parameters = dict[str, mx.array]
+
+
+class _Shifted(nn.Module):
+    """A frozen linear or embedding module whose weights are other by ``delta``, float32."""
+
+    def __init__(self, plain: nn.Module, delta: mx.array, *, embeds: bool):
+        super().__init__()
+        self.plain = plain
+        self.delta = delta  # not frozen: what a compiled forward takes as arguments is what trains
+        self._embeds = embeds
+
+    def __call__(self, x: mx.array) -> mx.array:
+        own = self.plain(x)
+        more = self.delta[x] if self._embeds else x.astype(mx.float32) @ self.delta.T
+        return own + more.astype(own.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """A tied embedding as the head."""
+        own = self.plain.as_linear(x)
+        return own + (x.astype(mx.float32) @ self.delta.T).astype(own.dtype)
 
 
 class MovingReference:
@@ -33,12 +53,15 @@ class MovingReference:
             kind: "soft" mixes, "hard" copies the policy.
             alpha: the policy's share in a soft mixture.
             every: updates of the policy between two of the reference.
+
+        Raises:
+            ConfigError: an adapted module is a layer of experts.
         """
         self.policy = policy
         self.share = alpha if kind == "soft" else 1.0
         self.every = every
         self.n_updates = 0
-        self._weights = self._merged()
+        self._weights = self._own()
         self._place()
 
     def follow(self) -> None:
@@ -46,7 +69,7 @@ class MovingReference:
         self.n_updates += 1
         if self.n_updates % self.every:
             return
-        fresh, held = self._merged(), self._weights
+        fresh, held = self._own(), self._weights
         self._weights = {name: self.share * value + (1 - self.share) * held[name] for name, value in fresh.items()}
         self._place()
 
@@ -63,38 +86,46 @@ class MovingReference:
         self._weights = {name: state[name] for name in self._weights}
         self._place()
 
-    def _merged(self) -> Parameters:
-        """The policy's weights where it trains, adapters merged in, float32."""
+    def _own(self) -> Parameters:
+        """Of the policy, float32: trained weights, or how far an adapter moves those of each module."""
         policy = self.policy
-        found = policy.trainable()
-        if policy.fine_tune_type != "full":
-            found = {
-                f"{name}.{key}": value
-                for name, module, _ in policy.plain_layers
-                for key, value in tree_flatten(_fused(module).parameters())
-            }
-        return {name: value.astype(mx.float32) for name, value in found.items()}
+        if policy.fine_tune_type == "full":
+            return {name: value.astype(mx.float32) for name, value in policy.masters.items()}
+        return {name: _moved(name, module, policy.masters) for name, module, _ in policy.plain_layers}
 
     def _place(self) -> None:
         """Put the weights where ``Policy.as_reference`` looks."""
         policy = self.policy
         if policy.fine_tune_type == "full":
-            dtypes = {name: value.dtype for name, value in policy.trainable().items()}
-            policy.initial = {name: value.astype(dtypes[name]) for name, value in self._weights.items()}
+            policy.initial = {name: value.astype(policy.dtypes[name]) for name, value in self._weights.items()}
             mx.eval(policy.initial)
             return
-        policy.moving = {}
-        for name, adapted, _ in policy.plain_layers:
-            module = _fused(adapted)  # not frozen: what a compiled forward takes as arguments is what trains
-            own = {key: value.astype(kind.dtype) for key, kind, value in self._of(name, module)}
-            module.update(tree_unflatten(list(own.items())))
-            policy.moving[name] = module
-            mx.eval(module.parameters())
-
-    def _of(self, name: str, module: nn.Module) -> list[tuple[str, mx.array, mx.array]]:
-        return [(key, like, self._weights[f"{name}.{key}"]) for key, like in tree_flatten(module.parameters())]
+        mx.eval(self._weights)
+        policy.moving = {
+            name: _Shifted(plain, self._weights[name], embeds="embedding" in module)
+            for name, module, plain in policy.plain_layers
+        }
 
 
-def _fused(module: nn.Module) -> nn.Module:
-    """A LoRA or DoRA module as a plain one with dense weights."""
-    return module.fuse(dequantize=True)
+def _moved(name: str, module: nn.Module, masters: Mapping[str, mx.array]) -> mx.array:
+    """How far an adapter moves a module's weights, in their shape, float32, from the float32 masters."""
+    own = {key: masters[f"{name}.{key}"].astype(mx.float32) for key in ("lora_a", "lora_b", "m") if key in module}
+    if own["lora_a"].ndim != 2:
+        raise ConfigError(f"reference.update cannot follow the experts of {name}: leave them out of lora keys")
+    product = module.scale * (own["lora_a"] @ own["lora_b"])
+    delta = product if "embedding" in module else product.T
+    if "m" not in own:
+        return delta
+    weight = _dense(module.get("linear", module.get("embedding")))
+    whole = weight + delta
+    return (own["m"] / mx.linalg.norm(whole, axis=1))[:, None] * whole - weight
+
+
+def _dense(plain: nn.Module) -> mx.array:
+    """The weights of a module, dequantised where they are quantised, float32."""
+    weight = plain.weight
+    if "scales" in plain:
+        weight = mx.dequantize(
+            weight, plain.scales, plain.get("biases"), group_size=plain.group_size, bits=plain.bits, mode=plain.mode
+        )
+    return weight.astype(mx.float32)

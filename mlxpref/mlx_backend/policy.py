@@ -70,7 +70,7 @@ class Policy:
     plain_layers: list[tuple[str, nn.Module, nn.Module]] = field(default_factory=list)
     masters: dict[str, mx.array] = field(default_factory=dict)
     dtypes: dict[str, Any] = field(default_factory=dict)
-    compiled: dict[bool | str, Any] = field(default_factory=dict)
+    compiled: dict[tuple[str, bool], Any] = field(default_factory=dict)
     moving: dict[str, nn.Module] | None = None
     n_traced: int = 0
     notes: list[str] = field(default_factory=list)

@@ -16,8 +16,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlxpref.errors import ConfigError, RunError
+from mlxpref.mlx_backend import reading
 from mlxpref.mlx_backend.adapter import write_safetensors
-from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
+from mlxpref.mlx_backend.arrays import to_mlx
 from mlxpref.mlx_backend.memory import memory, trim_cache
 from mlxpref.mlx_backend.moving import MovingReference
 from mlxpref.mlx_backend.optimizers import make_optimizer
@@ -188,10 +189,11 @@ class Step:
         self.optimizer.state = moments
         self.state = tree_map(lambda new, old: mx.where(finite, new, old), state, self.state)
         mx.eval(policy.masters, policy.trainable(), moments, self.state, self.random, norm, finite, parts)
-        if self.moving is not None:
+        done = bool(finite.item())
+        if self.moving is not None and done:
             self.moving.follow()
         self._tidy()
-        return _report(batch, parts, float(norm.item()), not bool(finite.item()))
+        return _report(batch, parts, float(norm.item()), not done)
 
     def _one_by_one(
         self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array]
@@ -258,9 +260,9 @@ class Step:
     def _completed(self, part: MicroBatch) -> MicroBatch:
         """With what is the reference's and cannot be known beforehand: a moving one's log-probs, hidden rows."""
         if self.moving is not None:
-            part = part._replace(reference=token_logps(self.policy, part, reference=True).tokens)
+            part = part._replace(reference=reading.token_logps(self.policy, part, reference=True).tokens)
         if "token_kl" in self._statistics:
-            hidden = reference_hidden(self.policy, part)
+            hidden = reading.hidden_rows(self.policy, part, reference=True)
             part = part._replace(extras={**part.extras, "reference_hidden": hidden})
         return part
 
@@ -392,69 +394,3 @@ def make_step(
     chosen = make_optimizer(optimizer, weight_decay, optimizer_options)
     moving = None if reference_update is None else MovingReference(policy, **reference_update)
     return Step(policy, objective, chosen, max_grad_norm, seed, n_groups=n_groups, moving=moving)
-
-
-def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> Logps:
-    """Log-probs of every response token under the policy or its reference, dropout off.
-
-    Args:
-        micro_batch: NumPy arrays.
-        reference: take the adapter out (or put back the one the policy started from).
-
-    Returns:
-        NumPy float32, (B, K, L), nats.
-    """
-    was_training = policy.model.training
-    if was_training:
-        policy.model.eval()
-    try:
-        return to_numpy(_forward(policy, to_mlx(micro_batch), reference))
-    finally:
-        if was_training:
-            policy.model.train()
-
-
-def reference_hidden(policy: Policy, micro_batch: MicroBatch) -> np.ndarray:
-    """(N, D) hidden rows of the reference, dropout off, that predict the scored tokens of a micro-batch."""
-    was_training = policy.model.training
-    policy.model.eval()
-    if "hidden" not in policy.compiled:
-
-        def forward(parameters: dict[str, mx.array], batch: MicroBatch) -> mx.array:
-            held = policy.trainable()
-            policy.n_traced += 1
-            policy.update(parameters)
-            try:
-                return policy.network.hidden_rows(batch)
-            finally:
-                policy.update(held)
-
-        policy.compiled["hidden"] = mx.compile(forward)
-    with policy.as_reference():
-        result = policy.compiled["hidden"](policy.trainable(), to_mlx(micro_batch))
-        mx.eval(result)
-    policy.model.train(was_training)
-    return result
-
-
-def _forward(policy: Policy, arrays: MicroBatch, reference: bool) -> Logps:
-    if reference not in policy.compiled:
-        # Weights that move are arguments; a captured array would be a constant of the graph.
-        def forward(parameters: dict[str, mx.array], batch: MicroBatch) -> Logps:
-            held = policy.trainable()
-            policy.n_traced += 1
-            policy.update(parameters)
-            try:
-                return policy.network.token_logps(batch, differentiate=False)
-            finally:
-                policy.update(held)
-
-        policy.compiled[reference] = mx.compile(forward)
-    if not reference:
-        result = policy.compiled[reference](policy.trainable(), arrays)
-        mx.eval(result)
-        return result
-    with policy.as_reference():
-        result = policy.compiled[reference](policy.trainable(), arrays)
-        mx.eval(result)
-        return result
