@@ -77,6 +77,7 @@ class Assembly:
         for text in run.said:
             self.listeners.on_note(f"warning: {text}")
         policy = self._policy()
+        step = self._step(policy, n_groups=len(data.groups))  # what it refuses is refused before the run begins
         plan = self._plan(data.train, policy)
         schedule = self._schedule(len(plan.steps))
         known = run.facts() if resume else {}
@@ -98,7 +99,6 @@ class Assembly:
             valid = splits["valid"]
             often = "every step" if eval_every == 1 else f"every {eval_every} steps"
             self.listeners.on_note(f"evaluation: {valid.visited} of {counted(len(valid.rows), 'row')} {often}")
-        step = self._step(policy, n_groups=len(data.groups))
         progress = Progress()
         if checkpoint is not None:
             step.load_state(checkpoint.folder)
@@ -132,14 +132,24 @@ class Assembly:
         rows = (*data.train, *data.valid)
         self.objective.check_columns(available_columns(rows))
         check_widths(self.objective, widths_of(rows[0]))
+        self._check_batches(rows)
         return data
 
     def _check_reference(self) -> None:
         """ConfigError for settings of a reference that the objective does not look at."""
         given = self.config.reference
-        unused = [f"reference.{key}" for key in ("update", "previous") if getattr(given, key) is not None]
+        unused = [f"reference.{key}" for key in ("update", "momentum") if getattr(given, key) is not None]
         if unused and "reference" not in self.objective.needs:
             raise ConfigError(f"{' and '.join(unused)}: {self.objective.name} has no reference; leave it out")
+
+    def _check_batches(self, rows: Sequence[Tokenized]) -> None:
+        """Say when a coupled objective has nothing to couple. ConfigError: rows that weigh differently, in one."""
+        if not self.objective.coupled:
+            return
+        if len({row.weight for row in rows}) > 1:
+            raise ConfigError(f"{self.objective.name} sees a batch as a whole: its rows have to weigh alike")
+        if self.config.batching.examples_per_step == 1:
+            self.listeners.on_note(f"warning: {self.objective.name} compares examples, and a batch holds one")
 
     def _eval_every(self, data: Prepared) -> int:
         """Steps between evaluations; 0 for none. ConfigError if some are asked for and cannot be made."""
@@ -252,18 +262,19 @@ class Assembly:
         some = [rows[name][index] for name, index in wanted]
         logps = self._reference_logps(some, policy)
         given = self.config.reference
-        if given.previous is not None and given.momentum is not None:
+        if given.momentum is not None:
             logps = momentum_logps(logps, self._previous_logps(some, given.previous), given.momentum)
         found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in rows[name]] for name in plans}
         for (name, index), row in zip(wanted, logps, strict=True):
             found[name][index] = row
         return {name: Split(rows[name], plans[name], found[name]) for name in plans}
 
-    def _previous_logps(self, rows: Sequence[Tokenized], folder: str) -> list[list[np.ndarray]]:
-        """Of the adapter the round before started from; its model leaves memory again."""
+    def _previous_logps(self, rows: Sequence[Tokenized], folder: str | None) -> list[list[np.ndarray]]:
+        """Of the adapter the round before started from, or of the base; its model leaves memory again."""
         model = self.config.model
-        self.listeners.on_note(f"reference.previous: {folder}")
-        previous = self.machine.load_policy(model.path, revision=model.revision, dtype=model.dtype, init_from=folder)
+        started = {"trainable": False} if folder is None else {"init_from": folder}
+        self.listeners.on_note(f"the round before started from {folder or 'the base'}")
+        previous = self.machine.load_policy(model.path, revision=model.revision, dtype=model.dtype, **started)
         return self._reference_logps(rows, previous)
 
     def _reference_logps(self, rows: Sequence[Tokenized], policy: Any) -> list[list[np.ndarray]]:

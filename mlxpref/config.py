@@ -255,7 +255,8 @@ class OptimizerSection(Section):
 
 
 class ReferenceSection(Section):
-    """``previous`` and ``momentum`` accelerate a further round: :func:`mlxpref.momentum.momentum_logps`.
+    """``momentum`` accelerates a further round: :func:`mlxpref.momentum.momentum_logps`. ``previous`` is the adapter
+    that the round before started from; None: the base.
 
     With ``update`` the reference follows the policy (TR-DPO); the next two have TRL's meanings and defaults.
     """
@@ -409,15 +410,12 @@ def _reference_contradictions(reference: ReferenceSection, adapter: AdapterSecti
         yield "reference.mixup_alpha with update: hard, which copies the policy whole: leave it out, or write soft"
     if reference.update is not None and reference.momentum is not None:
         yield "reference.update and momentum both make a reference other than the one trained from: keep one"
-    given = {"previous": reference.previous, "momentum": reference.momentum}
-    here = [key for key, value in given.items() if value is not None]
-    if len(here) == 1:
-        (other,) = given.keys() - here
-        yield f"reference.{here[0]} without reference.{other}: give both (an adapter and a number), or neither"
-    if here and adapter.init_from is None:
+    if reference.previous is not None and reference.momentum is None:
+        yield "reference.previous without reference.momentum: give that, too (0.3, say), or leave previous out"
+    if reference.momentum is not None and adapter.init_from is None:
         yield (
-            f"reference.{here[0]} without adapter.init_from: momentum goes from the previous round's adapter to the "
-            "one this round starts from; name that one there"
+            "reference.momentum without adapter.init_from: momentum goes from the previous round's adapter (of the "
+            "first round: from the base) to the one this round starts from; name that one there"
         )
 
 

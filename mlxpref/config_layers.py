@@ -274,3 +274,14 @@ def _nearest(path: tuple[Any, ...]) -> str:
 def _inside(path: tuple[Any, ...]) -> str:
     section = _sections().get(".".join(map(str, path)))
     return f": as in {'.'.join(map(str, path))}.{next(iter(section.model_fields))}" if section else ""
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value, sections opened."""
+    if not (isinstance(values, Mapping) and values):
+        return {prefix: values}
+    return {
+        key: value
+        for name, inner in values.items()
+        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

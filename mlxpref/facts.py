@@ -17,7 +17,7 @@ from mlxpref.config import Config
 from mlxpref.data.plan import Plan
 from mlxpref.data.words import counted
 from mlxpref.errors import AdapterError, RunError, raise_all
-from mlxpref.files import safetensors_header
+from mlxpref.files import file_digest, safetensors_header
 from mlxpref.hub import model_folder
 from mlxpref.objectives import Objective
 from mlxpref.prepare import Prepared
@@ -126,7 +126,7 @@ def run_facts(
             "scoring": data.scoring,
         },
         "tokenization": config.tokenization.model_dump(mode="json"),
-        "reference": config.reference.model_dump(mode="json", exclude={"store"}, exclude_none=True),
+        "reference": _reference_facts(config),
         "plan": {
             "steps": len(plan.steps),
             "epochs": plan.epochs[-1],
@@ -135,6 +135,13 @@ def run_facts(
             "padding": plan.padding,
         },
     }
+
+
+def _reference_facts(config: Config) -> dict[str, Any]:
+    """What is set of the reference; of the adapter of the round before also which weights it has."""
+    found = config.reference.model_dump(mode="json", exclude={"store"}, exclude_none=True)
+    previous = config.reference.previous
+    return found | ({"previous_sha256": file_digest(Path(previous) / "adapters.safetensors")} if previous else {})
 
 
 def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -249,12 +256,19 @@ def check_same(known: Mapping[str, Any], facts: Mapping[str, Any], folder: Path)
     """
     if not known:
         return
-    watched = [("data", "fingerprint"), ("data", "recipe"), ("model", "fingerprint"), ("plan", "steps")]
+    watched = [
+        ("data", "fingerprint"), ("data", "recipe"), ("model", "fingerprint"), ("reference", "previous_sha256"),
+        ("plan", "steps"),
+    ]  # fmt: skip
+
+    def value(of: Mapping[str, Any], section: str, key: str) -> Any:
+        return of.get(section, {}).get(key)
+
     raise_all(
         [
-            f"{section} {key}: was {known[section][key]}, is {facts[section][key]}"
+            f"{section} {key}: was {value(known, section, key)}, is {value(facts, section, key)}"
             for section, key in watched
-            if known[section][key] != facts[section][key]
+            if value(known, section, key) != value(facts, section, key)
         ],
         RunError,
         f"{folder}: not the data or model this run began with; put them back, or start a new run:",

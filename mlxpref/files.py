@@ -7,6 +7,7 @@ being replaced.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -138,3 +139,9 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

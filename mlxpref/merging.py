@@ -11,7 +11,6 @@ factors are stacked, ``[A_1, A_2, …]`` and ``[B_1; B_2; …]``, and the rank o
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 from mlxpref.adapters import WEIGHTS, Adapter, base_shapes, rank_axes, read_adapter
 from mlxpref.errors import AdapterError, ModelError, UsageError, raise_all
 from mlxpref.facts import check_fits, versions
-from mlxpref.files import safetensors_header
+from mlxpref.files import file_digest, safetensors_header
 from mlxpref.hub import model_folder
 from mlxpref.tensors import FLOATS, Tensor, tensors_of
 
@@ -288,7 +287,6 @@ def _facts(parts: Parts, recipe: Any) -> dict[str, Any]:
 
 
 def _origin(adapter: Adapter, share: float) -> dict[str, Any]:
-    with (adapter.folder / WEIGHTS).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_digest(adapter.folder / WEIGHTS)
     facts = {key: adapter.facts.get(key) for key in ("objective", "step")}
     return {"adapter": str(adapter.folder.resolve()), "weight": share, "sha256": digest, **facts}

@@ -62,6 +62,7 @@ class _Found:
     counts: dict[str, Counts] = field(default_factory=dict)
     recipe: Recipe | None = None
     scoring: Mapping[str, Any] | None = None
+    columns: Sequence[Mapping[str, Any]] = ()
     groups: tuple[str, ...] = ()
 
 
@@ -85,6 +86,10 @@ def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = (
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     conditioned = _from_folder(config, found) if relabelled else _from_sources(config, tokenizer, found)
+    raise_all(
+        list(_made_otherwise(config, needs, found.columns)), ConfigError,
+        "columns were computed at other lengths than this run reads (compute them again, or read as they did):",
+    )  # fmt: skip
     if needs:
         conditioned = _supply(config, conditioned, needs, found)
     rows = {name: _tokenize(config, name, split, tokenizer, needs, found) for name, split in conditioned.items()}
@@ -134,6 +139,7 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     data = config.data
     folder = read_relabelled(str(data.source))
     found.recipe, found.scoring = folder.recipe, folder.options.get("scoring")
+    found.columns = folder.options.get("columns", ())
     available = tuple(folder.splits)
     train = find_split(data.split or "train", available) or data.split or "train"
     splits = {"train": first_examples(folder.read(train), data.limit)}
@@ -144,6 +150,18 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     elif valid not in (None, train):
         splits["valid"] = first_examples(folder.read(str(valid)), data.limit)
     return splits
+
+
+def _made_otherwise(config: Config, needs: Collection[str], columns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Columns an objective needs that models computed of more, or fewer, tokens than this run reads."""
+    own = config.tokenization.model_dump(mode="json")
+    for made in columns:
+        names = sorted({*made.get("add", ())} & {*needs} - {"third"})
+        theirs = made.get("tokenization", own)
+        other = [key for key, value in theirs.items() if own.get(key) != value]
+        if names and other:
+            said = ", ".join(f"{key} {theirs[key]}, here {own.get(key)}" for key in other)
+            yield f"{', '.join(names)}: {said}"
 
 
 def first_examples(rows: list[Conditioned], limit: int | None) -> list[Conditioned]:
@@ -199,6 +217,7 @@ def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, li
     """Choose what each split is read from, then relabel all as `mlxpref relabel` does."""
     data = config.data
     sources = [open_source(spec) for spec in source_specs(config)]
+    found.columns = [card for source in sources if (card := _column_card(source.spec.path)) is not None]
     for source in sources:
         found.said.extend(source.said)
     wanted = {"train": sources}
@@ -223,6 +242,17 @@ def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, li
     if relabelled_valid:
         splits["valid"] = _read_valid(config, found)
     return splits
+
+
+def _column_card(path: str) -> Mapping[str, Any] | None:
+    """How a folder's columns were computed, as `mlxpref columns` leaves it there; None for other data."""
+    file = Path(path).expanduser() / "columns.json"
+    try:
+        card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError):
+        return None
+    found = card.get("columns") if isinstance(card, Mapping) else None
+    return found if isinstance(found, Mapping) else None
 
 
 def _own_valid(sources: Sequence[Source], found: _Found) -> dict[str, list[Source]]:

@@ -7,7 +7,6 @@ checkpoint that is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxpref.errors import RunError
-from mlxpref.files import folder_aside, refused, safetensors_header, write_text, written_aside
+from mlxpref.files import file_digest, folder_aside, refused, safetensors_header, write_text, written_aside
 from mlxpref.locks import locked
 
 CONFIG = "config.yaml"
@@ -260,7 +259,7 @@ def _seal(folder: Path, state: Mapping[str, Any]) -> None:
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":
             _check_safetensors(file)
-        files[file.name] = _digest(file)
+        files[file.name] = file_digest(file)
     text = json.dumps({**state, "files": files}, indent=1, ensure_ascii=False)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -271,7 +270,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     for name, digest in state["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
-        if _digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise ValueError(f"{name} has changed")
     return dict(state)
 
@@ -283,11 +282,6 @@ def _check_safetensors(file: Path) -> None:
         safetensors_header(file)
     except ValueError:
         raise OSError(f"{file.name} was not written whole") from None
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _remove(folder: Path) -> None:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from mlxpref import backends
 from mlxpref.assembly import Assembly
 from mlxpref.callbacks import Callbacks, TensorBoard, TrainCallback
 from mlxpref.config import Config
-from mlxpref.config_layers import check_config, read_yaml
+from mlxpref.config_layers import check_config, flat, read_yaml
 from mlxpref.errors import ConfigError, RunError, raise_all
 from mlxpref.loop import StopSignal, TrainResult
 from mlxpref.objectives import resolve_objective
@@ -118,7 +117,7 @@ def _reporters(config: Config, machine: ModuleType) -> list[TrainCallback]:
 
 def check_unchanged(config: Config, folder: Path) -> None:
     """RunError listing every key that differs from the run's and would change its weights."""
-    before, after = (_flat(c.as_dict()) for c in (check_config(read_yaml(folder / CONFIG)), config))
+    before, after = (flat(c.as_dict()) for c in (check_config(read_yaml(folder / CONFIG)), config))
     raise_all(
         [
             f"{key}: the run has {before.get(key)!r}, now {after.get(key)!r}"
@@ -129,13 +128,3 @@ def check_unchanged(config: Config, folder: Path) -> None:
         f"{folder}: a resumed run goes on with its own configuration. Leave these as they were, or start "
         "a new run (adapter.init_from takes this one's adapter):",
     )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping) and values:
-        return {
-            key: value
-            for name, inner in values.items()
-            for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    return {prefix: values}

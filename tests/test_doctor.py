@@ -418,7 +418,7 @@ def test_a_run_that_will_go(config: Callable[..., Path], no_sockets: list[str], 
         ({"objective": "dop"}, "config", "dop"),
         ({"model": {"path": "./nowhere"}}, "model", "nowhere"),
         ({"data": {"source": "nowhere.jsonl"}}, "data", "nowhere.jsonl"),
-        ({"adapter": {"init_from": "nowhere"}}, "init_from", "nowhere"),
+        ({"adapter": {"init_from": "nowhere"}}, "adapter", "nowhere"),
     ],
 )
 def test_a_run_that_will_not(changes: dict[str, Any], name: str, says: str, config: Callable[..., Path]) -> None:

@@ -72,7 +72,7 @@ def test_both_keys_and_an_adapter_to_start_from() -> None:
     ("adapter", "reference", "says"),
     [
         ({"init_from": "b"}, {"previous": "a"}, "reference.previous without reference.momentum"),
-        ({"init_from": "b"}, {"momentum": 0.0}, "reference.momentum without reference.previous"),
+        ({}, {"momentum": 0.3}, "without adapter.init_from"),
         ({}, {"previous": "a", "momentum": 0.3}, "without adapter.init_from"),
         ({"init_from": "b"}, {"previous": "a", "momentum": -0.3}, "reference.momentum"),
         ({"init_from": "b"}, {"previous": "a", "momentum": ".inf"}, "reference.momentum"),

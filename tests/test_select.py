@@ -175,12 +175,10 @@ def test_a_selected_pair_keeps_what_belongs_to_its_responses():
     assert found.scores == (4.0, 3.0)
 
 
-def test_selection_sees_the_penalised_score_and_max_min_p_leaves_scores_alone():
+def test_selection_sees_the_penalised_score():
     example = listed("a", (9, 8, 2), texts=("x" * 1000, "y" * 100, "z" * 101))
     (penalised,) = shaped([example], scoring={"length_penalty": 0.01}, picking={"select": "max_min"})
     assert penalised.scores == pytest.approx((7.0, -1.0)) and penalised.responses[0][0] == "y"
-    (picked,) = shaped([example], picking={"select": "max_min_p:0.01"})
-    assert picked.scores == (8.0, 9.0) and [text[0] for text in picked.responses] == ["y", "x"]
 
 
 def test_equal_scores_are_no_pair_and_are_counted():
@@ -328,7 +326,7 @@ def test_strength_is_of_pairs():
         ({"combine": "min"}, "score_from"),
         ({"score_from": ["a"], "combine": "min"}, "two or more"),
         ({"score_from": ["a", "b"], "combine": "best"}, "uwo:LAMBDA"),
-        ({"score_from": ["a", "b"], "combine": "mean:2"}, "takes no number"),
+        ({"score_from": ["a", "b"], "combine": "mean:2"}, "one of random, max_random"),
         ({"score_from": ["a", "b"], "combine": "uwo:-1"}, "0 or more"),
         ({"score_from": ["a", "b"], "combine": "log_sigmoid:2"}, "0 to 1"),
         ({"score_from": ["a", "a"]}, "once"),
@@ -341,15 +339,14 @@ def test_strength_is_of_pairs():
         ({"sample_beta": 1.0}, "sample"),
         ({"sample": 4, "sample_beta": -1}, "0 or more"),
         ({"sample": 2, "select": "max_min"}, "a pair already"),
-        ({"select": "best"}, "max_min_p:LAMBDA"),
-        ({"select": "max_min_p"}, "needs its LAMBDA"),
+        ({"select": "best"}, "max_random, max_min, max_max"),
+        ({"select": "max_min_p:0.1"}, "length_penalty LAMBDA with select max_min"),
         ({"select": "max_min:0.1"}, "takes no number"),
         ({"drop_top": "ches"}, "COLUMN:SHARE"),
         ({"drop_top": "ches:1"}, "between 0 and 1"),
         ({"weakest": "drop:0.1"}, "give both"),
         ({"strength_from": ["a"]}, "give both"),
         ({"strength_from": ["a"], "weakest": "soften:0.1"}, "drop:SHARE or flip:SHARE"),
-        ({"length_penalty": 0.1, "select": "max_min_p:0.1"}, "both take length off"),
         ({"select": "max_min", "ties": "keep"}, "ties keep"),
         ({"strength_from": ["a"], "weakest": "flip:0.1", "attributes": ["a"]}, "use drop"),
     ],

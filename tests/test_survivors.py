@@ -11,10 +11,11 @@ import pytest
 from libraries import NUMPY, TORCH32
 from oracle import ORACLE, Example, pair, random_examples, responses
 from pydantic import ValidationError
-from test_objectives import columns, gradients, losses
+from test_objectives import apply, columns, gradients, losses
 
 from mlxpref.errors import ObjectiveError
-from mlxpref.objectives import TABLE, resolve_objective
+from mlxpref.objectives import TABLE, check_widths, resolve_objective
+from mlxpref.objectives.batchwise import GroupWeights
 from mlxpref.objectives.scored import modpo
 
 # --- ranges of options -------------------------------------------------------------------------
@@ -157,6 +158,22 @@ def test_shares_of_large_scores_keep_their_digits(name: str) -> None:
         assert got == pytest.approx(ORACLE[name].loss(xs[1], beta=1.0, alpha=0.3), rel=1e-5)
 
 
+def test_alpha_dpo_divides_by_a_spread_of_a_millionth_and_more() -> None:
+    """Finds: another least spread. Margins of ±1.5e-6 are one standard deviation from their mean, ±0.5e-6 half."""
+    for size, deviations in ((1.5e-6, 1.0), (0.5e-6, 0.5)):
+        xs = [Example([[by - 2.0], [-2.0]], [[-2.0], [-2.0]]) for by in (size, -size)]
+        found = losses(NUMPY, "alpha_dpo", {"beta": 2.5, "gamma": 0.0, "alpha": 0.2}, xs)
+        expected = [math.log1p(math.exp(2.5 * by)) for by in (0.2 * deviations, -0.2 * deviations)]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_group_robust_reads_a_lost_weight_as_the_least() -> None:
+    xs = [replace(x, extras={**x.extras, "groups": i % 2}) for i, x in enumerate(random_examples(4))]
+    state = {"group_robust": GroupWeights(np.array([1.0, 0.0]))}
+    _, after = apply(NUMPY, "group_robust", {"eta": 0.0}, xs, state)
+    np.testing.assert_allclose(after["group_robust"].q, [1.0, 1e-30], rtol=1e-9)
+
+
 # --- lists, and how a configuration is refused -------------------------------------------------
 
 
@@ -199,3 +216,97 @@ def test_a_refusal_is_told_once() -> None:
 
 def test_a_truth_value_is_taken_where_one_is_asked_for() -> None:
     assert resolve_objective({"name": "triple_po", "length_normalized": True}).options["length_normalized"] is True
+
+
+# --- columns and states ------------------------------------------------------------------------
+
+
+def test_widths_of_the_data_are_tried_with_the_options() -> None:
+    modpo_of_one = resolve_objective(["sft", {"name": "modpo", "weights": (0.5, 0.5)}])
+    for fits in ({}, {"margin_rewards": 0}, {"margin_rewards": 1}, {"attributes": 3}):
+        check_widths(modpo_of_one, fits)
+    with pytest.raises(ObjectiveError, match=r"fit the objective sft \+ modpo:\s.*modpo: .*2 margin rewards need 3"):
+        check_widths(modpo_of_one, {"margin_rewards": 2})
+
+
+def test_what_an_objective_reads() -> None:
+    """Finds: ties that lists leave out, or a reference, that a step is not asked to hand over."""
+    assert resolve_objective("dpo").reads == {"reference", "goal_distances"}
+    assert resolve_objective("sft").reads == frozenset()
+    assert resolve_objective(["sft", "simpo"]).reads == {"goal_distances"}
+    assert resolve_objective("lipo").reads == {"reference", "scores"}
+
+
+def test_what_of_it_the_data_must_hold() -> None:
+    """Finds: a column asked of the data that the model or the reference pass supplies, or one not asked for."""
+    held = {
+        "dpo": set(), "sft": set(), "odpo": {"scores"}, "experimental_mapo": set(), "kto": {"mismatched"},
+        "mcts_dpo": {"divergence", "confidence"}, "group_robust": {"groups"}, "dove": {"instructions"},
+    }  # fmt: skip
+    for name, columns_ in held.items():
+        assert resolve_objective(name).from_data == columns_, name
+    assert resolve_objective({"name": "odpo", "weighting": "wpo"}).from_data == {"scores"}
+
+
+def test_one_coupled_formula_couples_a_mixture() -> None:
+    mixture = resolve_objective(["sft", "aot", "bco"])
+    assert mixture.coupled and mixture.stateful
+    assert not resolve_objective(["sft", "dpo"]).coupled and not resolve_objective(["sft", "aot"]).stateful
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_is_written_down_is_read_again(name: str) -> None:
+    """Finds: an option in ``spec``, as a run keeps it, that the formula does not take."""
+    objective = resolve_objective(name)
+    assert resolve_objective(objective.spec) == objective
+
+
+def test_parts_of_lists_of_different_lengths() -> None:
+    """Finds: losses of examples computed as those of a whole batch, whose lists are then read as pairs."""
+    mixture = resolve_objective([{"name": "dpo", "lift": "all_pairs"}, "aot"])
+    parts = [columns(NUMPY, random_examples(3, k=k, seed=93)) for k in (3, 4)]
+    found = mixture.apply_parts(parts, {})[0]
+    coupled = resolve_objective("aot").apply_parts(parts, {})[0]
+    alone = [resolve_objective({"name": "dpo", "lift": "all_pairs"})(part) for part in parts]
+    for all_, one, other in zip(found, alone, coupled, strict=True):
+        np.testing.assert_allclose(all_, one + other, rtol=1e-12)
+
+
+def test_without_a_beta_the_first_formula_leads() -> None:
+    mixture = resolve_objective(["sft", "inpo"])
+    assert (mixture.lead.entry.name, mixture.beta, mixture.per_token) == ("sft", 1.0, True)
+
+
+def test_the_texts_of_a_mixture_stand_in_their_order() -> None:
+    """Finds: rows of one text taken for those of the next."""
+    xs = random_examples(4, seed=91)
+    names = ["selm", "rationale_dpo", "dove"]
+    mixture = resolve_objective([{"name": name, "beta": 0.1} for name in names])
+    assert list(mixture.texts) == ["instructions", "rationale", "third"]
+    apart = [losses(NUMPY, name, {"beta": 0.1}, xs) for name in names]
+    np.testing.assert_allclose(mixture(columns(NUMPY, xs, texts=mixture.texts)), sum(apart), rtol=1e-12)
+
+
+def test_a_text_without_a_reference() -> None:
+    xs, objective = random_examples(3, seed=92), resolve_objective("rationale_orpo")
+    given = columns(NUMPY, xs, texts=objective.texts)
+    np.testing.assert_array_equal(objective({**given, "reference": None}), objective(given))
+
+
+def test_lengths_that_are_given_count() -> None:
+    given = columns(NUMPY, [pair(0, 0)])
+    found = resolve_objective({"name": "r_dpo", "alpha": 0.5})({**given, "lengths": np.array([[5.0, 2.0]])})
+    np.testing.assert_allclose(found, [math.log1p(math.exp(-0.5 * 3))])
+
+
+def test_a_start_is_told_the_groups_it_asks_for() -> None:
+    """Finds: a number of groups handed to a state that has none, or another number."""
+    grouped = resolve_objective("group_robust")
+    assert grouped.initial_state(3)["group_robust"].q.tolist() == [1 / 3] * 3
+    assert grouped.initial_state()["group_robust"].q.tolist() == grouped.terms[0].start().q.tolist() == [1.0]
+
+    def start(beta: float) -> tuple[float]:
+        return (beta,)
+
+    entry = replace(TABLE["bco"], start=start)
+    assert replace(resolve_objective("bco").terms[0], entry=entry).start(3) == (0.01,)

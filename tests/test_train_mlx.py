@@ -166,3 +166,20 @@ def test_a_service_that_is_not_installed_is_said_before_anything_loads(configure
 
 def test_no_socket_is_opened(configure: Any, no_sockets: list[str]) -> None:
     run(configure())
+
+
+def test_momentum_carries_the_reference_on(configure: Any, tmp_path: Path) -> None:
+    """Finds: a setting nobody reads, a base that is the adapter, a previous round exchanged with this one."""
+    first = run(configure("objective.beta=1.0"))
+    round_two = ["objective.beta=1.0", "adapter=null", f"adapter={{init_from: {first.folder}}}"]
+
+    def loss(name: str, *settings: str) -> float:
+        result = run(configure(*round_two, *settings, f"output.adapter_path={tmp_path / name}"))
+        return float(json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+
+    plain = loss("plain")
+    assert loss("zero", "reference.momentum=0") == plain
+    # The first round raised its margins: a reference carried on lies beyond the policy, so losses are higher.
+    assert loss("base", "reference.momentum=2.0") > plain + 0.001
+    # The same adapter as both rounds: no step between them, nothing to carry on.
+    assert loss("same", "reference.momentum=2.0", f"reference.previous={first.folder}") == pytest.approx(plain, abs=1e-5)

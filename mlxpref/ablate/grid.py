@@ -23,7 +23,7 @@ from mlxpref.ablate.asked import (
     short_names,
 )
 from mlxpref.config import Config
-from mlxpref.config_layers import load_config
+from mlxpref.config_layers import flat, load_config
 from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, MlxprefError, raise_all
 from mlxpref.objectives import TABLE, resolve_objective
@@ -310,17 +310,6 @@ def _meanings(combinations: Sequence[Combination], shorts: Mapping[str, str]) ->
 
 
 # --- comparing configurations ---
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value, sections opened."""
-    if not (isinstance(values, Mapping) and values):
-        return {prefix: values}
-    return {
-        key: value
-        for name, inner in values.items()
-        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
 
 
 def deciding(config: Config) -> dict[str, Any]:

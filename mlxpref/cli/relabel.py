@@ -195,8 +195,8 @@ RECIPE_OPTIONS = (
 @click.option(
     "--select",
     metavar="MODE",
-    help="Make a pair of each list: random, max_random, max_min, max_max, or max_min_p:LAMBDA by score less LAMBDA a "
-    "character, e.g. max_min_p:0.001. Equal scores are dropped.",
+    help="Make a pair of each list: random, max_random, max_min or max_max, e.g. max_min: the best and the worst. Equal "
+    "scores are dropped.",
 )
 @click.option(
     "--drop-top", metavar="COLUMN:SHARE", help="Drop the examples highest in a numeric column, e.g. ches:0.1."

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,13 +21,16 @@ from mlxpref.data.scoring import DECIMALS, given_fields, named_standard, parse_n
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Dropped, Scored
 from mlxpref.rewards.filters import highest_kept, lowest_kept, preference_strength
-from mlxpref.rewards.selection import SELECTS, rejection_sample, select_pair
+from mlxpref.rewards.selection import SELECTS, Select, rejection_sample, select_pair
 
 TOP = "among the highest of drop_top"
 WEAKEST = "among the weakest preferences"
 
 ASKED_FOR = frozenset({TIE, TOP, WEAKEST})
 """Reasons that are filters, not faults: ``strict`` leaves them alone."""
+
+MODES = tuple(mode for mode in SELECTS if mode != "max_min_p")
+"""Of ``select``."""
 
 SAMPLE_BETA = 0.5
 """The temperature of rejection sampling where none is given: the paper's."""
@@ -55,8 +58,8 @@ class Picking:
     Attributes:
         sample: responses to keep of a longer list, ≥ 2, by statistical rejection sampling on the scores.
         sample_beta: its temperature in score units, ≥ 0 (0.5): larger samples more evenly, 0 keeps the best.
-        select: make a pair of each list: "random", "max_random", "max_min", "max_max", or "max_min_p:LAMBDA", the
-            highest and the lowest of score − λ · characters. The pair keeps its scores; equal ones are dropped.
+        select: make a pair of each list: "random", "max_random", "max_min" or "max_max". The pair keeps its scores;
+            equal ones are dropped.
         drop_top: "COLUMN:SHARE", drop the examples in the top share of a column: one number an example, or one a
             response (an attribute), of which the highest counts.
         strength_from: attributes of pairs, one a reward model, whose mean gap in standard deviations is the
@@ -90,7 +93,7 @@ class Picking:
             yield f"sample_beta: {self.sample_beta:g}; a temperature, 0 or more"
         if self.sample == 2 and self.select is not None:
             yield "sample 2 leaves a pair already: sample more to select from, or leave select out"
-        for parse, text in ((parse_select, self.select), (parse_top, self.drop_top), (parse_weakest, self.weakest)):
+        for parse, text in ((check_select, self.select), (parse_top, self.drop_top), (parse_weakest, self.weakest)):
             try:
                 _ = None if text is None else parse(text)
             except UsageError as error:
@@ -124,10 +127,8 @@ class Picking:
             example = take(example, sorted(rejection_sample(scores, self.sample, beta=beta, rng=rng)))
         if example.scores is None or self.select is None:
             return example
-        mode, penalty = parse_select(self.select)
         rng = _generator(seed, f"select:{example.example_id}")
-        lengths = [len(text) for text in example.responses]
-        pair = select_pair(example.scores, mode, rng=rng, lengths=lengths, penalty=penalty)
+        pair = select_pair(example.scores, cast(Select, self.select), rng=rng)
         return Dropped(TIE, example.place) if pair is None else take(example, (pair.chosen, pair.rejected))
 
     # --- examples ---
@@ -203,16 +204,15 @@ class Picking:
             raise DataError(f"a damaged account of what was picked: {error}") from error
 
 
-def parse_select(text: str) -> tuple[Any, float]:
-    """``"max_min_p:0.001"`` as mode and λ; λ is 0 in the modes without one. UsageError if it is not one of these."""
-    mode, sign, number = text.partition(":")
-    penalty = parse_number(number) if sign else 0.0
-    if mode not in SELECTS or penalty is None:
-        raise UsageError(f"select: {text!r}; one of {', '.join(SELECTS[:-1])}, max_min_p:LAMBDA")
-    if (mode == "max_min_p") != (0 < penalty < np.inf):
-        needed = "needs its LAMBDA, score units a character, above 0: max_min_p:0.001"
-        raise UsageError(f"select: {text!r}; {needed if mode == 'max_min_p' else f'{mode} takes no number'}")
-    return mode, penalty
+def check_select(text: str) -> None:
+    """UsageError if it is no way to make a pair of a list here."""
+    if text.startswith("max_min_p"):
+        raise UsageError(
+            f"select: {text!r}; goals are written of the scores, so take the length off those: length_penalty LAMBDA "
+            "with select max_min"
+        )
+    if text not in MODES:
+        raise UsageError(f"select: {text!r}; one of {', '.join(MODES)}")
 
 
 def parse_top(text: str) -> tuple[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 from mlxpref.data.picking import ASKED_FOR, TOP, WEAKEST, Picking, parse_weakest
 from mlxpref.data.scoring import Scoring
 from mlxpref.data.words import counted
-from mlxpref.errors import DataError, UsageError, raise_all
+from mlxpref.errors import DataError, raise_all
 from mlxpref.records import Counts, Dropped, Scored
 
 SCORING = tuple(f.name for f in dataclasses.fields(Scoring) if f.name != "fitted")
@@ -26,20 +26,10 @@ PICKING = tuple(f.name for f in dataclasses.fields(Picking) if f.name != "fitted
 @dataclass(frozen=True)
 class Shaping:
     """Both halves of it. Nothing given: examples stay as they are.
-
-    Raises:
-        UsageError: the two contradict each other.
     """
 
     scoring: Scoring = field(default_factory=Scoring)
     picking: Picking = field(default_factory=Picking)
-
-    def __post_init__(self) -> None:
-        select = self.picking.select or ""
-        if self.scoring.length_penalty is not None and select.startswith("max_min_p"):
-            raise UsageError(
-                f"length_penalty and select {select} both take length off the score: with the first, select max_min"
-            )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Shaping:

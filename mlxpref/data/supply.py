@@ -83,7 +83,7 @@ def supply(splits: Splits, needs: Collection[str], recipe: Recipe | None = None)
     every = [row for rows in usable.values() for row in rows]
     attributes = _Attributes.of(every, recipe)
     _check(every, wanted, attributes)
-    groups = _groups(every) if "groups" in wanted else ()
+    groups = _groups(usable) if "groups" in wanted else ()
     found = {name: [_with(row, wanted, groups, attributes) for row in rows] for name, rows in usable.items()}
     replaced = "win_rates" in wanted and any("win_rates" in row.extras and row.goal is not None for row in every)
     said = ("win_rates of rows with a goal are those of their rewards under it, not the data's",) * replaced
@@ -230,9 +230,20 @@ class _Attributes:
         return tuple(mapped if digits is None else [round(value, digits) for value in mapped])
 
 
-def _groups(rows: Sequence[Conditioned]) -> tuple[str, ...]:
-    """The distinct groups of all rows: by size if all are numbers, else by name."""
-    names = {_group_name(row.extras["group"]) for row in rows}
+def _groups(splits: Splits) -> tuple[str, ...]:
+    """The distinct groups that are trained on: by size if all are numbers, else by name.
+
+    Raises:
+        DataError: other rows have a group more, which no weight would be learnt for.
+    """
+    trained = splits["train"] if "train" in splits else next(iter(splits.values()))
+    names = {_group_name(row.extras["group"]) for row in trained}
+    others = [row for rows in splits.values() for row in rows if _group_name(row.extras["group"]) not in names]
+    if others:
+        raise DataError(
+            f"group: {counted(len(others), 'row')} (first {others[0].place}) of a group that is not trained on; there "
+            f"is {', '.join(sorted(names))}: leave such rows out of the validation data"
+        )
     numbers = all(isinstance(as_number(name), float) and math.isfinite(float(name)) for name in names)
     return tuple(sorted(names, key=lambda name: (float(name) if numbers else 0.0, name)))
 

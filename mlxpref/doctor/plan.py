@@ -15,6 +15,7 @@ from mlxpref.data.readers import READERS, ending
 from mlxpref.doctor.check import Check, settled
 from mlxpref.doctor.places import ROOM_FOR_RUN, Reach, check_disk, check_writable, hub_cache
 from mlxpref.errors import MlxprefError, RunError
+from mlxpref.facts import check_start
 from mlxpref.files import safetensors_header
 from mlxpref.objectives import resolve_objective
 from mlxpref.runs import CONFIG, check_free
@@ -45,7 +46,7 @@ def check_plan(config: Config, reach: Reach, free_memory: float) -> Iterator[Che
     model, source = config.model, config.data.source
     yield from settled("model", lambda: check_model(model.path, model.revision, reach, free_memory))
     if config.adapter.init_from is not None:
-        yield check_adapter(Path(config.adapter.init_from).expanduser())
+        yield from settled("adapter", lambda: check_adapters(config))
     named = [("data", path) for path in ([source] if isinstance(source, str) else [one.path for one in source])]
     if config.data.valid is not None:
         named.append(("validation data", config.data.valid))
@@ -125,14 +126,15 @@ def _json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def check_adapter(folder: Path) -> Check:
-    """The adapter a run starts from."""
-    names = ("adapters.safetensors", "adapter_config.json")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        remedy = "name a folder that mlxpref or mlx_lm.lora wrote"
-        return Check("init_from", "fail", f"{folder}: no {' and no '.join(missing)}", remedy)
-    return Check("init_from", "ok", f"{folder}: weights and config are there")
+def check_adapters(config: Config) -> Check:
+    """The adapters a run starts from: whole, and of this model as far as can be told without loading it."""
+    named = {"init_from": config.adapter.init_from, "reference.previous": config.reference.previous}
+    said = ", ".join(f"{key} {folder}" for key, folder in named.items() if folder is not None)
+    try:
+        check_start(config)
+    except MlxprefError as error:
+        return Check("adapter", "fail", str(error), "name a folder that mlxpref or mlx_lm.lora wrote for this model")
+    return Check("adapter", "ok", f"{said}: whole, and not of another model")
 
 
 # --- data ---

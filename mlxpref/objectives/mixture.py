@@ -125,13 +125,13 @@ class Objective:
     @property
     def lead(self) -> Term:
         """Whose rewards the metrics show: the first formula with a β, else the first."""
-        return next((t for t in self.terms if "beta" in t.options), self.terms[0])
+        return next((t for t in self.terms if _scale(t) is not None), self.terms[0])
 
     @property
     def beta(self) -> float:
         """Scale of the implicit rewards in metrics: β of the formula that leads, else 1."""
-        options = self.lead.options
-        return float(options.get("beta", options.get("beta_chosen", 1.0)))
+        scale = _scale(self.lead)
+        return 1.0 if scale is None else float(scale)
 
     @property
     def coupled(self) -> bool:
@@ -235,6 +235,11 @@ class Objective:
         if self.stateful:
             raise TypeError(f"{self.name} carries a state: call apply(columns, state)")
         return self.apply(columns, {})[0]
+
+
+def _scale(term: Term) -> Any:
+    """β of a formula, of the chosen response where the two differ; None without one."""
+    return term.options.get("beta", term.options.get("beta_chosen"))
 
 
 def _cut(losses: Array, sizes: Sequence[int]) -> list[Array]:

@@ -37,6 +37,8 @@ def resolve_objective(spec: Spec) -> Objective:
     items = [spec] if isinstance(spec, str | Mapping) else list(spec)
     problems: list[str] = [] if items else ["no objective is named"]
     terms = [term for item in items if (term := _term(item, problems)) is not None]
+    if terms and not problems and not any(term.weight for term in terms):
+        problems.append("every weight is 0: nothing would be trained")
     names = [term.entry.name for term in terms]
     problems += [f"{name} is listed twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     raise_all(problems, ObjectiveError, "the objective cannot be used:")

@@ -10,7 +10,9 @@ Not here, since no checked formula exists: DRDO (arXiv:2410.08458), the auxiliar
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mlxpref import ops
 from mlxpref.objectives.logratios import margin, smoothed
@@ -28,7 +30,7 @@ from mlxpref.ops import Array, log_sigmoid, sigmoid
 from mlxpref.records import Logps
 
 LEAST = 1e-3
-"""Below which a gap of scores is not taken the logarithm of, and no β falls."""
+"""Below which a gap of scores is not taken the logarithm of."""
 
 
 @objective
@@ -161,7 +163,7 @@ def mm_dpo(
     reference: Logps,
     scores: PerResponse,
     *,
-    beta: Positive = 0.1,
+    beta: Annotated[float, Field(ge=1e-3)] = 0.1,
     w: NonNegative = 0.1,
     k: Positive = 0.5,
 ) -> Array:
@@ -174,18 +176,18 @@ def mm_dpo(
     Args:
         policy, reference: log-probs of one batch of pairs, (B, 2, L), nats.
         scores: (B, 2), of the chosen and the rejected response.
-        beta: β where the scores are equal, 1/nats.
+        beta: β where the scores are equal, 1/nats; the official code lifts smaller ones to 0.001.
         w: by which share β may grow; 0 is DPO. 0.1 in the official script.
         k: how soon it does, 1/points. The default is ours; the paper's value is unverified.
 
     Returns:
         (B,) losses; log 2 where policy = reference.
 
-    Convention: log-ratios are summed over tokens; β(δ) is at least 1e-3. The label_smoothing of the
+    Convention: log-ratios are summed over tokens. The label_smoothing of the
     official trainer runs backwards (1 means none); here there is none.
     Source: Zhang et al. 2025, arXiv:2502.10391 (MM-RLHF).
     """
-    scaled = ops.clip(beta * (1 - w * ops.expm1(-k * ops.absolute(_gap(scores)))), low=LEAST)
+    scaled = beta * (1 - w * ops.expm1(-k * ops.absolute(_gap(scores))))
     return -log_sigmoid(scaled * margin(policy, reference))
 
 

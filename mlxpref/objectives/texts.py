@@ -212,9 +212,14 @@ def inpo(
     Returns:
         (B,) losses, nats²; 1/(4η²) where policy = reference = the iterate before.
 
+    Raises:
+        ValueError: τ is above η.
+
     Convention: log-probs are summed over tokens.
     Source: Zhang et al. 2024, arXiv:2407.00617.
     """
+    if tau > eta:
+        raise ValueError(f"tau {tau:g} is above eta {eta:g}: the iterate before would be moved away from")
     share, moved = tau / eta, policy.sums - previous
     h = share * margin(policy, reference) + (1 - share) * (moved[:, 0] - moved[:, 1])
     return (h - 1 / (2 * eta)) ** 2
