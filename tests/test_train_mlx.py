@@ -182,4 +182,5 @@ def test_momentum_carries_the_reference_on(configure: Any, tmp_path: Path) -> No
     # The first round raised its margins: a reference carried on lies beyond the policy, so losses are higher.
     assert loss("base", "reference.momentum=2.0") > plain + 0.001
     # The same adapter as both rounds: no step between them, nothing to carry on.
-    assert loss("same", "reference.momentum=2.0", f"reference.previous={first.folder}") == pytest.approx(plain, abs=1e-5)
+    same = loss("same", "reference.momentum=2.0", f"reference.previous={first.folder}")
+    assert same == pytest.approx(plain, abs=1e-5)

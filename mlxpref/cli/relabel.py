@@ -195,7 +195,7 @@ RECIPE_OPTIONS = (
 @click.option(
     "--select",
     metavar="MODE",
-    help="Make a pair of each list: random, max_random, max_min or max_max, e.g. max_min: the best and the worst. Equal "
+    help="Make a pair of each list: random, max_random, max_min or max_max, e.g. max_min: best and worst. Equal "
     "scores are dropped.",
 )
 @click.option(
