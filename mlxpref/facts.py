@@ -302,7 +302,8 @@ def describe(
     )
     how = "each prompt once for all its responses" if policy.share_prompts else "whole rows"
     yield f"way: {policy.way} ({how})"
-    yield f"objective: {objective.name}"
+    whole = "; it sees each batch as a whole, in two passes" if objective.coupled else ""
+    yield f"objective: {objective.name}{whole}"
     if not data.valid:
         yield "no validation rows, so no evaluation: data.valid or data.valid_fraction gives some"
     yield (

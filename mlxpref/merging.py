@@ -82,6 +82,8 @@ def extrapolate(folder: str | Path, alpha: float, start: str | Path | None = Non
 
     Source: Zheng et al. 2024, arXiv:2404.16792.
     """
+    if not math.isfinite(alpha):
+        raise UsageError(f"an extrapolation goes a finite way on, not {alpha}")
     parts = _parts([folder], [1 + alpha]) if start is None else _parts([folder, start], [1 + alpha, -alpha])
     return _combined(parts, parts[0][0].facts.get("recipe"))
 

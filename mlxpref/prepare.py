@@ -88,7 +88,7 @@ def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = (
     conditioned = _from_folder(config, found) if relabelled else _from_sources(config, tokenizer, found)
     raise_all(
         list(_made_otherwise(config, needs, found.columns)), ConfigError,
-        "columns were computed at other lengths than this run reads (compute them again, or read as they did):",
+        "columns were computed of other tokens than this run reads (compute them again, or read as they were made):",
     )  # fmt: skip
     if needs:
         conditioned = _supply(config, conditioned, needs, found)
@@ -153,13 +153,15 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
 
 
 def _made_otherwise(config: Config, needs: Collection[str], columns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Columns an objective needs that models computed of more, or fewer, tokens than this run reads."""
+    """Columns an objective needs that models computed of other tokens than this run reads."""
     own = config.tokenization.model_dump(mode="json")
     for made in columns:
         names = sorted({*made.get("add", ())} & {*needs} - {"third"})
         theirs = made.get("tokenization", own)
         other = [key for key, value in theirs.items() if own.get(key) != value]
-        if names and other:
+        if names and config.relabel is not None:
+            yield f"{', '.join(names)}: of prompts without goals; relabel first, then compute them"
+        elif names and other:
             said = ", ".join(f"{key} {theirs[key]}, here {own.get(key)}" for key in other)
             yield f"{', '.join(names)}: {said}"
 

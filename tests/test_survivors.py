@@ -16,7 +16,9 @@ from test_objectives import apply, columns, gradients, losses
 from mlxpref.errors import ObjectiveError
 from mlxpref.objectives import TABLE, check_widths, resolve_objective
 from mlxpref.objectives.batchwise import GroupWeights
+from mlxpref.objectives.registry import Positive, TextLogps, read_declaration
 from mlxpref.objectives.scored import modpo
+from mlxpref.records import Logps
 
 # --- ranges of options -------------------------------------------------------------------------
 
@@ -310,3 +312,81 @@ def test_a_start_is_told_the_groups_it_asks_for() -> None:
 
     entry = replace(TABLE["bco"], start=start)
     assert replace(resolve_objective("bco").terms[0], entry=entry).start(3) == (0.01,)
+
+
+def test_the_reference_of_a_text_is_a_reference() -> None:
+    """Finds: a formula without a reference of the responses that is handed none for its text either."""
+
+    def toy(policy: Logps, third: TextLogps, third_reference: TextLogps, *, beta: Positive = 0.1) -> None:
+        """Toy.
+
+        Args:
+            beta: strength.
+
+        Source: none.
+        """
+
+    entry = read_declaration(toy)
+    assert entry.needs == {"reference", "third"} and entry.texts == {"third": "example"}
+    assert entry.schema["properties"]["beta"]["description"] == "strength."
+    assert (entry.summary, entry.source) == ("Toy", "none")
+
+
+def without_start(policy: Logps, state: Any) -> None:
+    """Source: none."""
+
+
+def from_none(policy: Logps, state: Any = None) -> None:
+    """Source: none."""
+
+
+def experimental_toy(policy: Logps) -> None:
+    """Source: none."""
+
+
+def toy_unverified(policy: Logps) -> None:
+    """Toy.
+
+    Unverified: all of it.
+    Source: none.
+    """
+
+
+def untyped(policy: Logps, *, beta=1.0) -> None:  # type: ignore[no-untyped-def]
+    """Toy.
+
+    Args:
+        beta: strength.
+
+    Source: none.
+    """
+
+
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (without_start, "parameter state: its default"),
+        (from_none, "parameter state: its default"),
+        (experimental_toy, "go together"),
+        (toy_unverified, "go together"),
+        (untyped, "parameter beta: an option has a type"),
+    ],
+)
+def test_a_declaration_that_contradicts_itself_is_refused(function: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        read_declaration(function)
+
+
+@pytest.mark.parametrize(
+    "name, option, said",
+    [
+        ("dpo", "label_smoothing", "float ≥ 0 and < 0.5, default 0.0"),
+        ("selfie", "after", "int ≥ 0, default 0"),
+        ("odpo", "offset", "log or linear, default log"),
+        ("aot", "lift", "best_worst, default best_worst"),
+        ("triple_po", "length_normalized", "true or false, default False"),
+        ("modpo", "weights", "list, default [0.5, 0.5]"),
+    ],
+)
+def test_an_option_in_words(name: str, option: str, said: str) -> None:
+    assert TABLE[name].describe(option) == said

@@ -110,7 +110,7 @@ def command(
         skip_impossible=options["skip_impossible"],
     )  # fmt: skip
     if len(grid.points) < 2:
-        raise UsageError("nothing to compare: give --vary, or several --seeds")
+        raise UsageError("nothing to compare: give --vary two different values, or several --seeds")
     choices = Choices(options["rows"], _asking(options), options["fail_fast"], options["retry_failed"])
     watch = Display(quiet=as_json)
     sweep = Sweep(grid, out.resolve(), choices, watch)

@@ -83,7 +83,10 @@ RECIPE_OPTIONS = (
     help="Model folder or hub id, whose chat template says where a goal can stand; preview with it.",
 )
 @click.option(
-    "--recipe", "recipe_from", metavar="FOLDER", help="Use the recipe of these relabelled data as it is."
+    "--recipe",
+    "recipe_from",
+    metavar="FOLDER",
+    help="Use the recipe of these relabelled data as it is, and their way to make scores; not what they picked.",
 )
 @click.option(
     "--template", metavar="FILE|TEXT", help="The words of the goal.  [default: those of reward-augmented DPO]"
@@ -161,8 +164,8 @@ RECIPE_OPTIONS = (
 @click.option(
     "--combine",
     metavar="HOW",
-    help="How: mean, min (the worst case), uwo:LAMBDA (mean less LAMBDA variances, e.g. uwo:0.5), or "
-    "log_sigmoid:QUANTILE (good in all; log_sigmoid:0.85 centres at that quantile).  [default: mean]",
+    help="How: mean, min (the worst case), uwo:LAMBDA (mean less LAMBDA variances; uwo is uwo:0.5), or "
+    "log_sigmoid:QUANTILE (good in all, centred at that quantile, e.g. 0.85, which is the default).  [default: mean]",
 )
 @click.option(
     "--standardise/--no-standardise",

@@ -127,7 +127,7 @@ def _scored_answer(item: Row, name: str | None) -> Answer:
     for key in ("attributes", "scores", "ratings", name):
         if key and isinstance(item.get(key), Mapping):
             attributes |= item[key]
-    others = {key: value for key, value in item.items() if key not in (*TEXTS, name, "rank", "index", "id")}
+    others = {key: value for key, value in item.items() if key not in (_text_key(item), name, "rank", "index", "id")}
     attributes |= {key: value for key, value in others.items() if isinstance(as_number(value), float)}
     attributes |= _of_response(item)
     return Answer(text_of(item), _one_number(item.get(name) if name else None), attributes)
@@ -256,7 +256,12 @@ def _of_response(item: Row) -> dict[str, Any]:
 
 def text_of(item: Row) -> str:
     """The response text of an object, under any of the usual names."""
-    return response(next((item[key] for key in TEXTS if item.get(key) is not None), None))
+    return response(item.get(_text_key(item)))
+
+
+def _text_key(item: Row) -> str:
+    """Under which of the usual names an object has its response; the others may be scores."""
+    return next((key for key in TEXTS if item.get(key) is not None), TEXTS[0])
 
 
 def get_format(name: str) -> Format:

@@ -263,7 +263,8 @@ def _some(values: list[float], what: str, examples: Sequence[Scored]) -> list[fl
     if values:
         return values
     have = sorted({name for example in examples for name in (*example.attributes, *example.extras)}) or ["none"]
-    raise ScoreError(f"no example has {what}, which picks examples; there is: {', '.join(have)}")
+    remedy = " (`mlxpref columns` computes it)" if what == "ches" else ""
+    raise ScoreError(f"no example has {what}, which picks examples{remedy}; there is: {', '.join(have)}")
 
 
 def take(example: Scored, places: Sequence[int]) -> Scored:

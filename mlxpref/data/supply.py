@@ -26,7 +26,7 @@ REMEDIES = {
     "aligned_logps": "give each response its mean log-prob per token under the aligned models, as a list "
     "aligned_logps, or in pairs as aligned_logps_chosen and aligned_logps_rejected" + COMPUTED,
     "attributes": "give each response further scores, in pairs as NAME_chosen and NAME_rejected",
-    "confidence": "give each example a number confidence, 0 to 1" + COMPUTED,
+    "confidence": "give each example a number confidence, 0 to 1 (for cream `mlxpref columns` computes it)",
     "gold": "give each example a text gold, a response that is right",
     "groups": "give each example a text or number group",
     "instructions": "give data whose pairs have a prompt each: the columns i_chosen, r_chosen, i_rejected, r_rejected",

@@ -99,8 +99,13 @@ class Objective:
 
     @property
     def name(self) -> str:
-        """``dpo``, or ``dpo + 0.005 sft``."""
-        return " + ".join(("" if t.weight == 1 else f"{t.weight:g} ") + t.entry.name for t in self.terms)
+        """``dpo``, ``dpo (wpo)``, or ``dpo + 0.005 sft``."""
+        return " + ".join(
+            ("" if t.weight == 1 else f"{t.weight:g} ")
+            + t.entry.name
+            + ("" if t.weighting == "none" else f" ({t.weighting})")
+            for t in self.terms
+        )
 
     @property
     def needs(self) -> frozenset[str]:

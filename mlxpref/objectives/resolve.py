@@ -110,9 +110,9 @@ def find_objective(name: str) -> Entry:
     aliases = {alias.lower(): entry.name for entry in TABLE.values() for alias in entry.aliases}
     plain = name.lower().replace("-", "_").replace(" ", "_")
     near = difflib.get_close_matches(plain, TABLE, n=3, cutoff=0.6)
-    found = [aliases[plain]] if plain in aliases else near
-    hint = f"did you mean {' or '.join(found)}? " if found else ""
-    raise ObjectiveError(f"{name}: no such objective; {hint}There are: {', '.join(TABLE)}")
+    found = [plain] if plain in TABLE else [aliases[plain]] if plain in aliases else near
+    hint = f"; did you mean {' or '.join(found)}?" if found else f". There are: {', '.join(TABLE)}"
+    raise ObjectiveError(f"{name}: no such objective{hint}")
 
 
 def _unknown_option(entry: Entry, key: str) -> str:
