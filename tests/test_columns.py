@@ -278,6 +278,13 @@ def test_a_rationale_of_more_than_two_responses_is_refused(ready: Preparer) -> N
 # --- what is derived -----------------------------------------------------------------------------
 
 
+def test_a_group_that_is_not_trained_on_is_refused(ready: Preparer, tmp_path: Path) -> None:
+    """Finds a weight for a group that no step ever sees, which takes its share of every loss."""
+    valid = write(tmp_path / "valid.jsonl", [pair(9, group="sea"), pair(10, group="air")])
+    with pytest.raises(DataError, match=r"1 row \(first .*:2\) of a group that is not trained on; there is sea"):
+        ready([pair(n, group="sea") for n in range(3)], "groups", valid=str(valid))
+
+
 def test_groups_are_counted_over_all_splits(ready: Preparer, tmp_path: Path) -> None:
     """Finds: an index that depends on the split, on a hash seed, or on how a file writes a number."""
     valid = write(tmp_path / "valid.jsonl", [pair(9, group=2), pair(10, group="10")])

@@ -23,7 +23,7 @@ from mlxpref.columns.rows import sift
 from mlxpref.config_layers import check_config
 from mlxpref.data.relabelled import read_relabelled
 from mlxpref.data.sources import SourceSpec, open_source, read_source
-from mlxpref.errors import DataError
+from mlxpref.errors import ConfigError, DataError
 from mlxpref.objectives import TABLE
 from mlxpref.prepare import prepare
 from mlxpref.records import Conditioned, Message, MicroBatch, Prompt, Scored
@@ -460,6 +460,24 @@ def test_objectives_find_what_was_added(
             prompt = row.prompt_ids.tolist()
             sums = [np.sum(fakes.by_hand(table("one"), prompt, ids.tolist())) for ids in row.response_ids]
             np.testing.assert_allclose(value, sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["relabelled", "pairs"])
+def test_columns_of_other_tokens_are_refused(
+    kind: str, relabelled: Path, pairs: Path, adapters: list[Path], tiny_model_dir: Path, room: Room, tmp_path: Path
+) -> None:  # fmt: skip
+    """Finds sums of log-probs over whole responses beside those of cut ones, or without the goal."""
+    source = relabelled if kind == "relabelled" else pairs
+    columns(source, "--add", "previous", "--adapter-path", adapters[0], "--out", tmp_path / "out")
+    base = {"model": {"path": str(tiny_model_dir)}, "data": {"source": str(tmp_path / "out")}}
+    needs = TABLE["inpo"].needs
+    shorter = check_config({**base, "tokenization": {"max_length": 300}})
+    with pytest.raises(ConfigError, match="previous: max_length 1024, here 300"):
+        prepare(shorter, needs=needs)
+    assert prepare(shorter, needs=TABLE["dpo"].needs).train  # which reads no such column
+    if kind == "pairs":
+        with pytest.raises(ConfigError, match="previous: of prompts without goals; relabel first"):
+            prepare(check_config({**base, "relabel": {}}), needs=needs)
 
 
 def test_recipe_options_counts_and_splits_are_kept(

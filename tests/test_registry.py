@@ -68,7 +68,12 @@ def test_a_number_is_a_number_whatever_yaml_thinks(text: Any) -> None:
     "spec, said",
     [
         ("dpoo", r"dpoo: no such objective; did you mean dpo"),
-        ("sigmoid", r"did you mean dpo\?"),
+        ("sigmoid", r"did you mean dpo\?$"),
+        ("DPO", r"did you mean dpo\?$"),
+        ("nothing_like_it", r"no such objective. There are: dpo, "),
+        ([{"name": "dpo", "weight": 0}], r"every weight is 0"),
+        ({"name": "inpo", "tau": 0.1}, r"inpo: tau 0\.1 is above eta 0\.0075"),
+        ({"name": "mm_dpo", "beta": 1e-4}, r"beta: 0\.0001 should be greater than or equal to 0\.001"),
         ("sigmoid_norm", r"did you mean ln_dpo\?"),
         ({"name": "dpo", "bet": 0.1}, r"dpo takes no option bet; did you mean beta\?"),
         ({"name": "hinge", "label_smoothing": 0.1}, r"hinge takes no option label_smoothing"),
