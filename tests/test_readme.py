@@ -45,7 +45,10 @@ ADDED: Mapping[str, tuple[str, ...]] = {
     "mlxpref train -c": (
         "--model", str(sandbox.MODEL), "--data", "pairs.jsonl", "--iters", "6", "--set", "training.steps_per_eval=3",
     ),
-    "mlxpref ablate -c": ("--set", "training.iters=2", "--set", "data.limit=60", "--set", "training.steps_per_eval=2"),
+    "mlxpref ablate -c": (
+        "--rows", "12", "--set", "training.iters=2", "--set", "training.steps_per_eval=2", "--set", "data.limit=40",
+        "--set", "training.val_batches=1",
+    ),
 }  # fmt: skip
 """Kind of a command -> what the test adds to it, to be small and to ask nobody."""
 
@@ -198,8 +201,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
     (place.folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in user_pairs()))
     (place.folder / "configs").mkdir()
     for config in (ROOT / "configs").glob("*.yaml"):
-        text = local_config(config) if config.name == QWEN else config.read_text()
-        text = text.replace("mlxpref/sandbox/", f"{ROOT}/mlxpref/sandbox/")
+        sandboxed = config.read_text().replace("mlxpref/sandbox/", f"{ROOT}/mlxpref/sandbox/")
+        text = local_config(config) if config.name == QWEN else sandboxed
         (place.folder / "configs" / config.name).write_text(text)
     ran = {name: place.python(*as_typed(words)) for name, words in named().items()}
     return Followed(place, ran)
