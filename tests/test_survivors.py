@@ -191,6 +191,11 @@ def test_first_two_takes_one_pair_of_a_long_list() -> None:
         ({"name": "dpo", "bata": 0.2}, r"did you mean beta\?"),  # near, and no beginning of it
         ({"name": "dpo", "Label-Smoothing": 0.2}, r"did you mean label_smoothing\?"),
         ({"name": "dpo", "label_smoothing_rate": 0.2}, r"did you mean label_smoothing\?"),
+        ({"name": "dpo", "label": 0.2}, r"did you mean label_smoothing\?"),  # no nearer than its beginning
+        ({"name": "reward_aware", "sft-weight-of-the-chosen-response": 1}, r"did you mean sft_weight\?"),
+        ({"name": "flex_dpo", "beta": 1}, r"did you mean beta_chosen\? \(beta_chosen: .*chosen"),
+        ({"name": "dpo", "xyzzy": 1}, r"dpo takes no option xyzzy\n"),
+        ({"name": "inpo", "eta": 1e-3, "tau": 2e-3}, r"inpo: tau 0\.002 is above eta 0\.001"),
         ("DPO", r"did you mean dpo\?$"),
         ("ln-dpo", r"did you mean ln_dpo\?$"),
         ("Sigmoid Norm", r"did you mean ln_dpo\?"),
@@ -248,6 +253,11 @@ def test_what_of_it_the_data_must_hold() -> None:
     for name, columns_ in held.items():
         assert resolve_objective(name).from_data == columns_, name
     assert resolve_objective({"name": "odpo", "weighting": "wpo"}).from_data == {"scores"}
+
+
+def test_the_name_says_what_is_weighted_how() -> None:
+    mixture = resolve_objective([{"name": "dpo", "weighting": "wpo"}, {"name": "sft", "weight": 0.5}, "simpo"])
+    assert mixture.name == "dpo (wpo) + 0.5 sft + simpo"
 
 
 def test_one_coupled_formula_couples_a_mixture() -> None:
