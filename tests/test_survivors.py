@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from test_objectives import apply, columns, gradients, losses
 
 from mlxpref.errors import ObjectiveError
-from mlxpref.objectives import TABLE, check_widths, resolve_objective
+from mlxpref.objectives import TABLE, Objective, check_widths, resolve_objective
 from mlxpref.objectives.batchwise import GroupWeights
+from mlxpref.objectives.mixture import Term
 from mlxpref.objectives.registry import Positive, TextLogps, read_declaration
 from mlxpref.objectives.scored import modpo
 from mlxpref.records import Logps
@@ -384,7 +385,7 @@ def undescribed(policy: Logps) -> None:
         (from_none, "parameter state: its default"),
         (experimental_toy, "go together"),
         (toy_unverified, "go together"),
-        (untyped, "parameter beta: an option has a type"),
+        (untyped, "parameter beta: an option has a type, .* a name other than lift, name, weight, weighting"),
     ],
 )
 def test_a_declaration_that_contradicts_itself_is_refused(function: Any, said: str) -> None:
@@ -405,3 +406,38 @@ def test_a_declaration_that_contradicts_itself_is_refused(function: Any, said: s
 )
 def test_an_option_in_words(name: str, option: str, said: str) -> None:
     assert TABLE[name].describe(option) == said
+
+
+def test_options_of_other_types_in_words() -> None:
+    def toy(policy: Logps, *, beta: float | Literal["auto"] = "auto", said: str = "so", any_: Any = 1) -> None:
+        """Toy.
+
+        Args:
+            beta: strength.
+            said: a word.
+            any_: anything.
+
+        Source: none.
+        """
+
+    entry = read_declaration(toy)
+    told = [entry.describe(option) for option in ("beta", "said", "any_")]
+    assert told == ["float or auto, default auto", "string, default so", "any, default 1"]
+
+
+def test_messages_name_columns_in_order() -> None:
+    needy = resolve_objective("mcts_dpo")
+    with pytest.raises(ObjectiveError, match=r"mcts_dpo needs confidence, divergence; there is: none"):
+        needy.check_columns(())
+    with pytest.raises(ObjectiveError, match=r"needs divergence; there is: confidence, groups, scores, win_rates$"):
+        needy.check_columns({"win_rates", "scores", "policy", "groups", "confidence", "lengths"})
+
+
+def test_what_is_left_out_when_made_by_hand() -> None:
+    simpo = resolve_objective("simpo")
+    by_hand = Objective(simpo.terms)
+    assert (by_hand == simpo, by_hand.per_token, simpo.per_token) == (True, False, True)
+    term = Term(TABLE["sft"], {"per": "token"})
+    assert (term.weight, term.lift, term.weighting) == (1.0, "first_two", "none")
+    assert resolve_objective("bco").initial_state()["bco"] == (0.0, 0.0)
+    assert resolve_objective("alpha_dpo").initial_state()["alpha_dpo"] == (0.0, 0.0, 0.0)
