@@ -373,7 +373,7 @@ def direct(names: Collection[str]) -> str:
             for options in ({}, *tests.ORACLE[name].points):
                 try:
                     test(library, name, options)
-                except Exception as error:
+                except Exception as error:  # however a mutant fails, it is noticed
                     return f"{test.__name__}[{name}-{library.name}] {type(error).__name__}"
     return ""
 
@@ -431,7 +431,7 @@ class Session:
     """For pytest: collects the tests once, and hands its loop to ``work``, which forks it for every mutant."""
 
     def __init__(self, work: Callable[[Session], None]) -> None:
-        self.work, self.items, self.failed = work, [], []  # type: ignore[var-annotated]
+        self.work, self.items, self.failed = work, [], []  # type: ignore[var-annotated]  # work of any kind
         self.without: set[str] = set()
         self.general: Collection[str] | None = REPRESENTATIVES
 
@@ -488,7 +488,7 @@ def judge_in_place(session: Session, mutant: Mutant, source: bytes, names: set[s
     """In a child of the session, whose modules are all there."""
     try:
         edit_in_place(mutant.module, source)
-    except Exception as error:
+    except Exception as error:  # a mutant may break in any way when it is put in place
         return "stillborn", f"{type(error).__name__}: {error}"[:200]
     return judge(session, mutant, source, names)
 
@@ -497,7 +497,7 @@ def judge_imported(mutant: Mutant, source: bytes, names: set[str], without: set[
     """In a process that has imported nothing of the package's formulas yet."""
     sys.meta_path.insert(0, Edited(mutant.module, source))
     try:
-        import mlxpref.objectives  # noqa: F401
+        import mlxpref.objectives  # noqa: F401 - does it import at all?
     except BaseException as error:
         return "stillborn", f"{type(error).__name__}: {error}"[:200]
     if check == "import":

@@ -27,10 +27,10 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
 os.environ["MLXPREF_CACHE"] = os.path.join(_CACHE, "mlxpref")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np  # noqa: E402 - after the environment is set
+import pytest  # noqa: E402 - after the environment is set
 
-from mlxpref import blas  # noqa: E402
+from mlxpref import blas  # noqa: E402 - after the environment is set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,5 +13,5 @@ from mlxpref import backends
 from mlxpref.cli import main
 
 if __name__ == "__main__":
-    backends.get = lambda name="auto": fake_backend  # type: ignore[assignment]
+    backends.get = lambda name="auto": fake_backend  # type: ignore[assignment]  # a stand-in for the room
     main(prog_name="mlxpref")

@@ -286,7 +286,7 @@ def test_a_base_without_such_a_tensor_is_refused(
 
 def test_a_number_that_a_type_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     for dtype, value in (("F32", 1e39), ("F16", 1e6), ("BF16", 3.4e38), ("F32", np.nan)):
-        tensors = {"w": Tensor(dtype, (1,), lambda value=value: np.array([value]))}  # type: ignore[misc]
+        tensors = {"w": Tensor(dtype, (1,), lambda value=value: np.array([value]))}  # type: ignore[misc]  # mypy cannot infer the lambda
         with pytest.raises(AdapterError, match="w: not finite, or too large"):
             write_tensors(tmp_path / "file.safetensors", tensors)
         assert not list(tmp_path.iterdir())

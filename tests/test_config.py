@@ -34,7 +34,7 @@ def refused(*settings: str, **sections: Any) -> str:
 def test_a_number_is_a_number_whatever_yaml_thinks(text: str) -> None:
     """YAML 1.1 reads 1e-5 as text: a rate that stays text, or is refused, is the fault."""
     assert load(f"optimizer.learning_rate={text}").optimizer.learning_rate == 1e-5
-    assert load(f"objective.beta={text}").objective["beta"] == 1e-5  # type: ignore[index, call-overload]
+    assert load(f"objective.beta={text}").objective["beta"] == 1e-5  # type: ignore[index, call-overload]  # one or a list
 
 
 def test_whole_numbers_take_1e3_and_refuse_a_half() -> None:
@@ -178,7 +178,7 @@ def test_naming_another_objective_drops_the_options_of_the_first() -> None:
 def test_set_reaches_into_lists_and_says_where_it_cannot() -> None:
     mixture = [{"name": "dpo"}, {"name": "sft", "weight": 0.1}]
     config = load("objective.1.weight=0.5", objective=mixture)
-    assert config.objective[1]["weight"] == 0.5  # type: ignore[index, call-overload]
+    assert config.objective[1]["weight"] == 0.5  # type: ignore[index, call-overload]  # one or a list
     for key, word in (("objective.2.weight", "0 to 1"), ("model.path.x", "not a section")):
         with pytest.raises(ConfigError, match=word):
             set_key({**LEAST, "model": {"path": "m"}, "objective": mixture}, key, 1)
@@ -250,7 +250,7 @@ def test_a_default_lives_in_one_place() -> None:
 @pytest.mark.mlx
 def test_optimizer_options_are_those_mlx_takes() -> None:
     """An option the schema lets through and the optimiser refuses would stop a run after loading."""
-    pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx.core", reason="mlx is not installed")
     from mlxpref.mlx_backend.optimizers import make_optimizer
 
     values = {"betas": [0.9, 0.99], "eps": 1e-8, "ns_steps": 5, "nesterov": False, "bias_correction": True}

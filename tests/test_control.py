@@ -223,7 +223,7 @@ def test_correlation_is_over_samples() -> None:
     """Means that rise step by step correlate perfectly; the samples around them do not."""
     samples = [Sample(i, goal, "", goal + noise) for goal in (1.0, 2.0, 3.0) for i, noise in enumerate((-3, 0, 3))]
     found = curve_of([*samples, Sample(0, None, "", 99.0)])
-    expected = by_hand([s.goal for s in samples], [s.score for s in samples])  # type: ignore[misc]
+    expected = by_hand([s.goal for s in samples], [s.score for s in samples])  # type: ignore[misc]  # none is None here
     assert expected is not None and 0.1 < expected < 0.6
     assert found.spearman == pytest.approx(expected)
 

@@ -271,7 +271,7 @@ def test_the_distance_of_each_token_is_trained(library: Library, name: str) -> N
     for options in ({}, *ORACLE[name].points):
         batch = [near(x) for x in random_examples(4, seed=31)]
         _, got = gradients(library, name, options, batch, ["policy", "token_kl"])
-        loss = lambda xs, options=options: ORACLE[name].run(xs, options)[0]  # noqa: E731
+        loss = lambda xs, options=options: ORACLE[name].run(xs, options)[0]  # noqa: E731 - one line, used once
         expected = padded(kl_slopes(loss, batch))[0]
         width = got.shape[-1]
         expected = np.pad(expected, [(0, 0), (0, 0), (0, width - expected.shape[-1])])

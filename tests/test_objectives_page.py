@@ -19,9 +19,9 @@ from mlxpref.report.objectives import Bend, Row, draw_objectives, objectives_alt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import build_objectives  # noqa: E402
-import objective_pictures  # noqa: E402
-from objective_pictures import SHOWN, Line, gradient, total_loss  # noqa: E402
+import build_objectives  # noqa: E402 - found once scripts/ is on the path
+import objective_pictures  # noqa: E402 - found once scripts/ is on the path
+from objective_pictures import SHOWN, Line, gradient, total_loss  # noqa: E402 - found once scripts/ is on the path
 
 MAKE = "run: python scripts/build_objectives.py"
 

@@ -56,7 +56,7 @@ def test_golden_values_and_slopes(name: str, golden: Golden) -> None:
     for x, state, (value, by_chosen, by_rejected) in golden.cases():
         run = ORACLE[name].run
         near(run([x], golden.options, state)[0][0], value)
-        slopes = token_slopes(lambda xs: run(xs, golden.options, state)[0], [x])[0]  # noqa: B023
+        slopes = token_slopes(lambda xs: run(xs, golden.options, state)[0], [x])[0]  # noqa: B023 - called before the loop goes on
         for got, expected in ((slopes[0], by_chosen), (slopes[1], by_rejected)):
             for slope in got:
                 near(slope, expected)

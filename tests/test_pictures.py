@@ -174,7 +174,7 @@ def test_svg_says_what_it_shows(tmp_path: Path) -> None:
     draw_control_curve([OURS], file, title=title, lines=[BASE])
     tree = ElementTree.parse(file)
     names = {element.tag.split("}")[1]: element.text for element in tree.iter() if element.text}
-    assert names["title"] == title or tree.find("{http://www.w3.org/2000/svg}title").text == title  # type: ignore[union-attr]
+    assert names["title"] == title or tree.find("{http://www.w3.org/2000/svg}title").text == title  # type: ignore[union-attr]  # it is there
     assert names["description"] == control_alt_text([OURS], [BASE])
     assert "date" not in names
 

@@ -200,7 +200,7 @@ def define_all() -> None:
         return ops.sort(margin(policy, reference), 0)
 
     @objective
-    def toy_running(policy: Logps, state: Moments = Moments(0.0, 0), *, rate: Share = 0.5) -> Any:  # noqa: B008
+    def toy_running(policy: Logps, state: Moments = Moments(0.0, 0), *, rate: Share = 0.5) -> Any:  # noqa: B008 - never mutated
         """Running mean.
 
         Args:

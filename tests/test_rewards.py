@@ -225,7 +225,7 @@ def test_equal_scores_make_no_pair():
 
 def test_a_selection_that_cannot_be_is_refused():
     with pytest.raises(UsageError, match="max_min_p"):
-        rewards.select_pair(FOUR, "best", rng=rng())  # type: ignore[arg-type]
+        rewards.select_pair(FOUR, "best", rng=rng())  # type: ignore[arg-type]  # what is refused
     with pytest.raises(UsageError, match="length"):
         rewards.select_pair(FOUR, "max_min_p", rng=rng(), penalty=0.1)
     with pytest.raises(UsageError, match="two"):

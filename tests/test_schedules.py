@@ -35,8 +35,8 @@ def test_linear_falls_by_the_same_amount_every_step() -> None:
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_equals_transformers(name: str) -> None:
     """Finds an off-by-one in warm-up or decay: runs under TRL and here would have other rates."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
     theirs = transformers.get_scheduler(name, optimizer, num_warmup_steps=7, num_training_steps=40)

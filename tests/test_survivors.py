@@ -363,7 +363,7 @@ def toy_unverified(policy: Logps) -> None:
     """
 
 
-def untyped(policy: Logps, *, beta=1.0) -> None:  # type: ignore[no-untyped-def]
+def untyped(policy: Logps, *, beta=1.0) -> None:  # type: ignore[no-untyped-def]  # the fault it shows
     """Toy.
 
     Args:

@@ -678,7 +678,7 @@ def test_inspect_shows_what_a_configuration_trains_on(tmp_path: Path, tiny_model
         f"model: {{path: {tiny_model_dir}}}\ndata: {{source: {tmp_path / 'pairs.jsonl'}, valid_fraction: 0.25}}\n"
         "relabel: {score_range: [1, 10], mapping: identity}\ntokenization: {max_length: 300}\n"
     )
-    run = lambda *more: CliRunner().invoke(main, ["inspect", "-c", str(config), "-n", "99", *more])  # noqa: E731
+    run = lambda *more: CliRunner().invoke(main, ["inspect", "-c", str(config), "-n", "99", *more])  # noqa: E731 - a shorthand
     for split, n in (("train", 12), ("valid", 4)):
         ran = run("--split", split)
         assert ran.exit_code == 0, ran.output
@@ -695,7 +695,7 @@ def test_inspect_counts_one_row_as_one(tmp_path: Path, tiny_model_dir: Path) -> 
     rows = [half for n in range(3) for half in halves(scored(example_id=f"row {n}"), SYSTEM)]
     write_relabelled(tmp_path / "data", {"train": rows[:4], "valid": rows[4:]}, SYSTEM)
     base = ["inspect", str(tmp_path / "data"), "--model", str(tiny_model_dir), "-n", "0"]
-    run = lambda *more: CliRunner().invoke(main, [*base, *more])  # noqa: E731
+    run = lambda *more: CliRunner().invoke(main, [*base, *more])  # noqa: E731 - a shorthand
     assert "2 rows kept, 0 dropped" in run("--limit", "1").output
     assert "2 rows kept, 0 dropped" in run("--split", "validation").output
     short = ("--max-length", "8", "--truncation", "drop")

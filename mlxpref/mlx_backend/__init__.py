@@ -8,13 +8,13 @@ from mlxpref import blas
 
 blas.preload()  # before mlx.core is loaded: on Linux CPU a fast BLAS replaces the reference one
 
-from mlxpref.mlx_backend.adapter import load_adapter, save_adapter  # noqa: E402
-from mlxpref.mlx_backend.generation import generate  # noqa: E402
-from mlxpref.mlx_backend.memory import device_info, memory, set_memory_policy  # noqa: E402
-from mlxpref.mlx_backend.policy import Policy, load_policy  # noqa: E402
-from mlxpref.mlx_backend.probe import examine  # noqa: E402
-from mlxpref.mlx_backend.reading import hidden_sums, token_logps  # noqa: E402
-from mlxpref.mlx_backend.step import Step, make_step  # noqa: E402
+from mlxpref.mlx_backend.adapter import load_adapter, save_adapter  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.generation import generate  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.memory import device_info, memory, set_memory_policy  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.policy import Policy, load_policy  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.probe import examine  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.reading import hidden_sums, token_logps  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.step import Step, make_step  # noqa: E402 - after the BLAS
 
 __all__ = [
     "Policy",
