@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, load_tokenizer
@@ -101,6 +102,23 @@ class Policy:
         if self.fine_tune_type == "full" or not self.masters:
             return self.trainable()
         return dict(self.masters)
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The float32 masters by name."""
+        return {name: np.array(value) for name, value in self.masters.items()}
+
+    def set_values(self, values: Mapping[str, np.ndarray]) -> None:
+        """Put float32 values, one for every master, in their place.
+
+        Raises:
+            ModelError: other names or shapes than those of the masters.
+        """
+        theirs = {name: tuple(value.shape) for name, value in values.items()}
+        ours = {name: tuple(value.shape) for name, value in self.masters.items()}
+        if theirs != ours:
+            odd = sorted(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+            raise ModelError(f"{self.path}: other trainable parameters: {', '.join(odd[:5])}")
+        self.set_masters({name: mx.array(np.asarray(values[name], np.float32)) for name in self.masters})
 
     def set_masters(self, masters: Mapping[str, mx.array]) -> None:
         """New trainable values: kept in float32, put into the model in its compute dtype."""

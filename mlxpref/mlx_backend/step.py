@@ -173,16 +173,7 @@ class Step:
             What it did; ``skipped`` when a loss or gradient was not finite and nothing was changed.
         """
         policy = self.policy
-        self._train_mode(True)
-        self.random, key = mx.random.split(self.random)
-        keys = [mx.random.split(key, index + 2)[-1] for index in range(len(batch.parts))]
-        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
-        arrays = [to_mlx(part) for part in batch.parts]
-        if self.objective.coupled:
-            gradients, parts, state = self._coupled(arrays, keys)
-        else:
-            gradients, parts = self._one_by_one(arrays, keys)
-            state = self.state
+        batch, gradients, parts, state = self._differentiated(batch)
         rate, loss = mx.array(learning_rate, mx.float32), sum(part.losses.sum() for part in parts)
         masters, moments, norm, finite = self._update(policy.masters, self.optimizer.state, gradients, rate, loss)
         policy.set_masters(masters)
@@ -194,6 +185,23 @@ class Step:
             self.moving.follow()
         self._tidy()
         return _report(batch, parts, float(norm.item()), not done)
+
+    def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Gradients of the batch's mean loss by parameter, float32, before clipping; no weight or moment moves."""
+        _, gradients, _, _ = self._differentiated(batch)
+        return {name: np.array(value) for name, value in gradients.items()}
+
+    def _differentiated(self, batch: Batch) -> tuple[Batch, dict[str, mx.array], list[_Part], Any]:
+        """The batch completed, gradients of its mean loss, what its parts gave, and the objective's next state."""
+        self._train_mode(True)
+        self.random, key = mx.random.split(self.random)
+        keys = [mx.random.split(key, index + 2)[-1] for index in range(len(batch.parts))]
+        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
+        arrays = [to_mlx(part) for part in batch.parts]
+        if self.objective.coupled:
+            return batch, *self._coupled(arrays, keys)
+        gradients, parts = self._one_by_one(arrays, keys)
+        return batch, gradients, parts, self.state
 
     def _one_by_one(
         self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array]
