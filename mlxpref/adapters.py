@@ -13,9 +13,8 @@ from typing import Any
 from mlxpref.errors import AdapterError, RunError, raise_all
 from mlxpref.facts import read_adapter_folder
 from mlxpref.files import folder_aside, write_text
+from mlxpref.folders import CONFIG, WEIGHTS
 from mlxpref.tensors import FLOATS, Tensor, tensors_of, write_tensors
-
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 _AB = ("lora_a", "lora_b")
 _FACTOR = re.compile(r"(.+)\.(lora_[ab])")

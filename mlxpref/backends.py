@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.metadata
 import importlib.util
+import platform
+import sys
 from types import ModuleType
 
 from mlxpref import blas
 from mlxpref.errors import UsageError
 
-NAMES = ("mlx",)
-"""Backends there are; "auto" is the first that is installed."""
+NAMES = ("mlx", "torch")
+"""Backends there are."""
 
-_PACKAGES = {"mlx": ("mlx", "mlx_lm")}
-_INSTALL = {"mlx": "pip install 'mlxpref[cpu]' on Linux, 'mlxpref[cuda]' with an NVIDIA GPU"}
+_PACKAGES = {"mlx": ("mlx", "mlx_lm"), "torch": ("torch", "transformers", "peft")}
+_INSTALL = {
+    "mlx": "pip install 'mlxpref[cpu]' on Linux, 'mlxpref[cuda]' with an NVIDIA GPU",
+    "torch": "pip install 'mlxpref[torch]'",
+}
 
 
 def get(name: str = "auto") -> ModuleType:
-    """The backend's module, with the same five functions as every other: ``load_policy``,
-    ``token_logps``, ``make_step``, ``save_adapter``, ``load_adapter``.
+    """The backend's module, with the same functions as every other: ``load_policy``, ``token_logps``,
+    ``make_step``, ``save_adapter``, ``load_adapter``.
 
     Raises:
         UsageError: there is no such backend, or what it needs is not installed.
     """
     if name == "auto":
-        name = next((n for n in NAMES if not _lacking(n)), NAMES[0])
+        name = choose()
     if name not in NAMES:
         raise UsageError(f"no backend is called {name!r}; there are: auto, {', '.join(NAMES)}")
     lacking = _lacking(name)
@@ -37,6 +44,49 @@ def get(name: str = "auto") -> ModuleType:
         if (error.name or "").startswith("mlxpref"):
             raise  # ours, not a library that is missing
         raise UsageError(f"backend {name!r} cannot be loaded: {error}. {_INSTALL[name]}") from error
+
+
+def choose() -> str:
+    """What "auto" is: MLX where Metal or MLX's CUDA build is, else PyTorch on CUDA, else MLX on the CPU; what is not
+    installed is passed over."""
+    there = [name for name in NAMES if not _lacking(name)]
+    if "mlx" in there and (_has_metal() or _has_mlx_cuda()):
+        return "mlx"
+    if "torch" in there and _has_cuda():
+        return "torch"
+    return there[0] if there else "mlx"
+
+
+def _has_metal() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def _has_mlx_cuda() -> bool:
+    """MLX's CUDA build is installed, and a GPU is there for it."""
+    builds = ("mlx-cuda-12", "mlx-cuda-13")
+    return _has_cuda_driver() and any(_is_installed(build) for build in builds)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _has_cuda() -> bool:
+    """PyTorch finds a GPU. It is asked only where there is a driver: importing it takes a second."""
+    if not _has_cuda_driver():
+        return False
+    return bool(importlib.import_module("torch").cuda.is_available())
+
+
+def _has_cuda_driver() -> bool:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
 
 
 def _lacking(name: str) -> list[str]:

@@ -6,8 +6,6 @@ adapter it started from.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +20,12 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlxpref.errors import AdapterError, ConfigError, ModelError
+from mlxpref.errors import ConfigError, ModelError
+from mlxpref.folders import base_hash, n_trained, read_settings, reference_hash, resolve_lora, vocabulary_size
 from mlxpref.hub import model_folder
 from mlxpref.mlx_backend import compiler
 from mlxpref.mlx_backend.logps import Network, find_body
 
-FINE_TUNE_TYPES = ("lora", "dora", "full")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -208,7 +206,7 @@ def load_policy(
     mx.random.seed(seed)
     model.freeze()
     if init_from is not None:
-        fine_tune_type, num_layers, lora = adapter.read_settings(Path(init_from))
+        fine_tune_type, num_layers, lora = read_settings(Path(init_from))
     else:
         lora = resolve_lora(lora_parameters)
     base = base_hash(folder, config)
@@ -290,11 +288,6 @@ def _cast(model: nn.Module, dtype: str | None) -> None:
     mx.eval(model.parameters())
 
 
-def vocabulary_size(config: Mapping[str, Any]) -> int:
-    """V by the model's own config."""
-    return int((config.get("text_config") or config).get("vocab_size", 256))
-
-
 def dtype_name(model: nn.Module) -> str:
     """Name of the model's compute dtype: that of its floating-point parameters."""
     kinds = {value.dtype for _, value in tree_flatten(model.parameters())}
@@ -304,35 +297,10 @@ def dtype_name(model: nn.Module) -> str:
     return "float32"
 
 
-def resolve_lora(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """mlx-lm's LoRA parameters with ``alpha`` turned into ``scale``; ConfigError on contradictions."""
-    given = dict(given or {})
-    if "alpha" in given and given.get("scale") is not None and given["alpha"] is not None:
-        raise ConfigError("lora_parameters takes scale or alpha, not both (scale = alpha / rank)")
-    unknown = set(given) - {"rank", "scale", "alpha", "dropout", "keys"}
-    if unknown:
-        raise ConfigError(f"unknown lora_parameters: {', '.join(sorted(unknown))}")
-    rank = int(given.get("rank", 8))
-    alpha, scale = given.get("alpha"), given.get("scale")
-    scale = alpha / rank if alpha is not None else 20.0 if scale is None else scale
-    resolved = {"rank": rank, "scale": float(scale), "dropout": float(given.get("dropout", 0.0))}
-    if rank < 1 or not 0 <= resolved["dropout"] < 1:
-        raise ConfigError(f"lora_parameters: rank must be >= 1 and 0 <= dropout < 1, not {resolved}")
-    if given.get("keys") is not None:
-        resolved["keys"] = list(given["keys"])
-    return resolved
-
-
 def _choose_trainable(policy: Policy) -> None:
     """Add the adapter, or unfreeze the last layers (all of the model for -1)."""
     model, layers = policy.model, policy.model.layers
-    if policy.fine_tune_type not in FINE_TUNE_TYPES:
-        raise ConfigError(
-            f"unknown fine_tune_type {policy.fine_tune_type!r}; one of {', '.join(FINE_TUNE_TYPES)}"
-        )
-    if policy.num_layers == 0:
-        raise ConfigError("num_layers 0 trains nothing; give a number of layers from the last, or -1 for all")
-    count = len(layers) if policy.num_layers < 0 else min(policy.num_layers, len(layers))
+    count = n_trained(policy.fine_tune_type, policy.num_layers, len(layers))
     if policy.fine_tune_type == "full":
         _unfreeze(policy, count)
         return
@@ -391,29 +359,6 @@ def layer_prefix(model: nn.Module) -> str:
             return name[: -len(name.rsplit(".", 1)[-1])]
     _, body = find_body(model)
     raise ModelError(f"cannot find the layers of {type(model).__module__} under {body!r}")
-
-
-def base_hash(folder: Path, config: Mapping[str, Any]) -> str:
-    """Hash of a model's config and of its weights' bytes, 16 hex digits."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    _digest_files(digest, sorted(folder.glob("model*.safetensors")))
-    return digest.hexdigest()[:16]
-
-
-def reference_hash(base: str, dtype: str, init_from: str | None) -> str:
-    """What reference log-probs depend on besides token ids: weights, dtype, and the adapter started from."""
-    digest = hashlib.sha256(f"{base} {dtype}".encode())
-    if init_from is not None:
-        _digest_files(digest, [Path(init_from) / name for name in ("adapters.safetensors", "adapter_config.json")])
-    return digest.hexdigest()[:16]
-
-
-def _digest_files(digest: Any, files: list[Path]) -> None:
-    for file in files:
-        if not file.exists():
-            raise AdapterError(f"{file.parent}: {file.name} is missing; is this an adapter folder?")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
 
 
 def _count(model: nn.Module) -> int:

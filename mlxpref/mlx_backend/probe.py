@@ -15,8 +15,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxpref.errors import ModelError
+from mlxpref.folders import vocabulary_size
 from mlxpref.mlx_backend.logps import Network
-from mlxpref.mlx_backend.policy import Policy, dtype_name, vocabulary_size
+from mlxpref.mlx_backend.policy import Policy, dtype_name
 from mlxpref.records import MicroBatch, Shelf
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
