@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxpref.config import Config, RelabelSection
+from mlxpref.data.cards import Made
 from mlxpref.data.columns import texts_of
 from mlxpref.data.recipe import Recipe, resolve_carrier
 from mlxpref.data.relabel_sources import RelabelledSplits, relabel_splits
@@ -21,6 +22,7 @@ from mlxpref.data.relabelled import Relabelled, is_relabelled, read_relabelled
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source
 from mlxpref.data.supply import supply
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
+from mlxpref.data.tokens import Limits
 from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, DataError, raise_all
 from mlxpref.records import Conditioned, Counts, Tokenized
@@ -62,7 +64,7 @@ class _Found:
     counts: dict[str, Counts] = field(default_factory=dict)
     recipe: Recipe | None = None
     scoring: Mapping[str, Any] | None = None
-    columns: Sequence[Mapping[str, Any]] = ()
+    columns: list[Made] = field(default_factory=list)
     groups: tuple[str, ...] = ()
 
 
@@ -87,7 +89,7 @@ def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = (
         tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     conditioned = _from_folder(config, found) if relabelled else _from_sources(config, tokenizer, found)
     raise_all(
-        list(_made_otherwise(config, needs, found.columns)), ConfigError,
+        list(dict.fromkeys(_made_otherwise(config, needs, found.columns))), ConfigError,
         "columns were computed of other tokens than this run reads (compute them again, or read as they were made):",
     )  # fmt: skip
     if needs:
@@ -96,7 +98,7 @@ def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = (
     _warn_of_leaks(conditioned, found)
     if not rows["train"]:
         lines = [f"{stage}: {line}" for stage, counts in found.counts.items() for line in counts.lines()]
-        raise DataError("\n  ".join([f"{config.data.source}: no row is left to train on", *lines]))
+        raise DataError("\n  ".join([f"{_named(config)}: no row is left to train on", *lines]))
     return Prepared(
         train=rows["train"],
         valid=rows.get("valid", ()),
@@ -139,7 +141,7 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     data = config.data
     folder = read_relabelled(str(data.source))
     found.recipe, found.scoring = folder.recipe, folder.options.get("scoring")
-    found.columns = folder.options.get("columns", ())
+    found.columns += folder.options.get("columns", ())
     available = tuple(folder.splits)
     train = find_split(data.split or "train", available) or data.split or "train"
     splits = {"train": first_examples(folder.read(train), data.limit)}
@@ -152,18 +154,24 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     return splits
 
 
-def _made_otherwise(config: Config, needs: Collection[str], columns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _made_otherwise(config: Config, needs: Collection[str], columns: Sequence[Made]) -> Iterator[str]:
     """Columns an objective needs that models computed of other tokens than this run reads."""
     own = config.tokenization.model_dump(mode="json")
     for made in columns:
         names = sorted({*made.get("add", ())} & {*needs} - {"third"})
-        theirs = made.get("tokenization", own)
-        other = [key for key, value in theirs.items() if own.get(key) != value]
-        if names and config.relabel is not None:
+        here, theirs = _limits(own), _limits(made.get("tokenization", own))
+        other = [key for key in here if theirs[key] != here[key]]
+        if names and not made.get("goals", True):
             yield f"{', '.join(names)}: of prompts without goals; relabel first, then compute them"
         elif names and other:
-            said = ", ".join(f"{key} {theirs[key]}, here {own.get(key)}" for key in other)
+            said = "; ".join(f"{key} {theirs[key]}, here {here[key]}" for key in other)
             yield f"{', '.join(names)}: {said}"
+
+
+def _limits(tokenization: Mapping[str, Any]) -> dict[str, int]:
+    """What is cut. Rows that ``truncation: drop`` leaves are whole either way."""
+    limits = Limits(*(tokenization[key] for key in ("max_length", "max_prompt_length", "truncation")))
+    return {"max_length": limits.length, "max_prompt_length": limits.prompt}
 
 
 def first_examples(rows: list[Conditioned], limit: int | None) -> list[Conditioned]:
@@ -194,13 +202,20 @@ def _read_valid(config: Config, found: _Found, *, taken: str | None = None) -> l
     folder = read_relabelled(str(config.data.valid))
     if folder.recipe != found.recipe:
         raise ConfigError(
-            f"data.valid {folder.folder} was relabelled by another recipe than {config.data.source}"
+            f"data.valid {folder.folder} was relabelled by another recipe than {_named(config)}"
         )
+    found.columns += folder.options.get("columns", ())
     split = _held_out_split(config, tuple(folder.splits), "train")
     if split == taken:
         raise _no_valid_split(config, split)
     found.said.append(f"{folder.folder}: validation rows from its split {split}")
     return folder.read(split)
+
+
+def _named(config: Config) -> str:
+    """What is trained on, as the user named it."""
+    source = config.data.source
+    return source if isinstance(source, str) else ", ".join(one.path for one in source)
 
 
 # --- scored and unscored sources ---
@@ -219,7 +234,6 @@ def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, li
     """Choose what each split is read from, then relabel all as `mlxpref relabel` does."""
     data = config.data
     sources = [open_source(spec) for spec in source_specs(config)]
-    found.columns = [card for source in sources if (card := _column_card(source.spec.path)) is not None]
     for source in sources:
         found.said.extend(source.said)
     wanted = {"train": sources}
@@ -244,17 +258,6 @@ def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, li
     if relabelled_valid:
         splits["valid"] = _read_valid(config, found)
     return splits
-
-
-def _column_card(path: str) -> Mapping[str, Any] | None:
-    """How a folder's columns were computed, as `mlxpref columns` leaves it there; None for other data."""
-    file = Path(path).expanduser() / "columns.json"
-    try:
-        card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError):
-        return None
-    found = card.get("columns") if isinstance(card, Mapping) else None
-    return found if isinstance(found, Mapping) else None
 
 
 def _own_valid(sources: Sequence[Source], found: _Found) -> dict[str, list[Source]]:
@@ -306,6 +309,7 @@ def _no_valid_split(config: Config, split: str) -> ConfigError:
 
 def _note(result: RelabelledSplits, found: _Found) -> None:
     found.counts |= result.counts
+    found.columns += result.options.get("columns", ())
     found.said += [f"warning: {note}" for note in result.notes]
 
 

@@ -671,6 +671,18 @@ def test_what_can_be_known_is_known_before_the_first_run(
     assert calls["load_policy"] == before and not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_the_data_lack_is_told_of_every_run_that_asks_for_it(
+    skip: bool, base: dict[str, Any], tmp_path: Path
+) -> None:
+    """Finds: an objective dropped from a comparison for want of a column, or a message that leaves which one open."""
+    with pytest.raises(DataError) as error:
+        swept(base, tmp_path / "s", "objective=dpo,cream,inpo", skip=skip)
+    cream, inpo = str(error.value).partition("objective=inpo: ")[::2]
+    assert "objective=cream: " in cream and "confidence: " in cream and "previous: " in inpo
+    assert "objective=dpo" not in str(error.value) and not (tmp_path / "s").exists()
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 

@@ -480,6 +480,80 @@ def test_columns_of_other_tokens_are_refused(
             prepare(check_config({**base, "relabel": {}}), needs=needs)
 
 
+class TestTokensOfColumns:
+    """Log-probs of other tokens than a run reads are refused, and only those."""
+
+    @pytest.fixture
+    def add(self, adapters: list[Path], room: Room, tmp_path: Path) -> Callable[..., Path]:
+        def write(source: Path, name: str, *words: object, column: str = "previous") -> Path:
+            columns(source, "--add", column, "--adapter-path", adapters[0], *words, "--out", tmp_path / name)
+            return tmp_path / name
+
+        return write
+
+    @pytest.fixture
+    def ready(self, tiny_model_dir: Path) -> Callable[..., None]:
+        def read(source: Path, relabel: Any = None, valid: Path | None = None, **tokenization: Any) -> None:
+            data = {"source": str(source)} | ({} if valid is None else {"valid": str(valid)})
+            base = {"model": {"path": str(tiny_model_dir)}, "data": data, "tokenization": tokenization}
+            prepare(check_config({**base, **({} if relabel is None else {"relabel": relabel})}), needs=("previous",))
+
+        return read
+
+    @pytest.mark.parametrize("goals", [True, False])
+    def test_what_is_computed_again_is_as_it_was_computed_last(
+        self, goals: bool, pairs: Path, relabelled: Path, add: Callable[..., Path], ready: Callable[..., None]
+    ) -> None:
+        first = add(relabelled if goals else pairs, "first")
+        again = add(first, "again", "--max-length", 256)
+        ready(again, max_length=256)
+        with pytest.raises(ConfigError, match="previous: max_length 256, here 1024"):
+            ready(again)
+
+    @pytest.mark.parametrize("goals", [True, False])
+    def test_what_is_added_later_hides_nothing(
+        self, goals: bool, pairs: Path, relabelled: Path, add: Callable[..., Path], ready: Callable[..., None]
+    ) -> None:
+        first = add(relabelled if goals else pairs, "first", "--max-length", 256)
+        with pytest.raises(ConfigError, match="previous: max_length 256, here 1024"):
+            ready(add(first, "more", column="third"))
+
+    def test_goals_that_are_written_afterwards_make_other_prompts(
+        self, pairs: Path, add: Callable[..., Path], ready: Callable[..., None], tmp_path: Path
+    ) -> None:
+        plain = add(pairs, "plain")
+        ready(plain)
+        ran = call("relabel", plain, "--out", tmp_path / "goals", "--score-range", 1, 10)
+        assert ran.exit_code == 0, ran.output
+        for source, section in ((tmp_path / "goals", None), (plain, {"score_range": [1, 10]})):
+            with pytest.raises(ConfigError, match="previous: of prompts without goals; relabel first"):
+                ready(source, section)
+        ready(add(tmp_path / "goals", "right"))
+
+    @pytest.mark.parametrize("goals", [True, False])
+    def test_validation_rows_are_looked_at_too(
+        self, goals: bool, pairs: Path, relabelled: Path, add: Callable[..., Path], ready: Callable[..., None]
+    ) -> None:
+        source = relabelled if goals else pairs
+        with pytest.raises(ConfigError, match="previous: max_length 256, here 1024"):
+            ready(add(source, "long"), valid=add(source, "short", "--max-length", 256))
+
+    def test_a_file_of_the_folder_is_the_folders(
+        self, pairs: Path, add: Callable[..., Path], ready: Callable[..., None]
+    ) -> None:
+        with pytest.raises(ConfigError, match="previous: max_length 256, here 1024"):
+            ready(add(pairs, "short", "--max-length", 256) / "train.jsonl")
+
+    def test_the_same_limits_said_otherwise_are_the_same(
+        self, relabelled: Path, add: Callable[..., Path], ready: Callable[..., None]
+    ) -> None:
+        """Half of max_length is the default; rows that ``drop`` leaves are whole, as ``cut`` leaves them."""
+        made = add(relabelled, "made", "--max-length", 256)
+        ready(made, max_length=256, max_prompt_length=128, truncation="drop")
+        with pytest.raises(ConfigError, match="previous: max_prompt_length 128, here 64"):
+            ready(made, max_length=256, max_prompt_length=64)
+
+
 def test_recipe_options_counts_and_splits_are_kept(
     relabelled: Path, adapters: list[Path], room: Room, tmp_path: Path
 ) -> None:
@@ -662,7 +736,6 @@ REFUSED = {
     "score": (("--add", "implicit_reward", *A), "give the data it was made from"),
     "own input": (("--add", "previous", *A, "--out", "relabelled"), "is, or lies in, what is read"),
     "within": (("--add", "previous", *A, "--out", "relabelled/more"), "is, or lies in, what is read"),
-    "occupied": (("--add", "previous", *A, "--out", "two"), "nothing is overwritten"),
 }
 
 
@@ -679,6 +752,19 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded_or_written(
     ran = call("columns", "relabelled", *given, *out)
     assert ran.exit_code == 2 and says in " ".join(ran.stderr.split()), ran.output
     assert not room.loaded and sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_occupied_folder_is_refused_as_relabel_and_merge_refuse_it(
+    pairs: Path, relabelled: Path, adapters: list[Path], room: Room
+) -> None:
+    """A script has one exit code to look at; nothing is loaded first, and what is there stays."""
+    before = {file: file.read_bytes() for file in adapters[1].iterdir()}
+    out = ("--out", adapters[1])
+    ran = call("columns", relabelled, "--add", "previous", "--adapter-path", adapters[0], *out)
+    assert "nothing is overwritten" in " ".join(ran.stderr.split()) and not room.loaded
+    others = call("relabel", pairs, *out), call("merge", f"{adapters[0]}=1", *out)
+    assert {one.exit_code for one in (ran, *others)} == {1}
+    assert {file: file.read_bytes() for file in adapters[1].iterdir()} == before
 
 
 def test_problems_are_told_together(relabelled: Path, room: Room, tmp_path: Path) -> None:

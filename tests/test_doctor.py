@@ -20,9 +20,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 from mlxpref import backends
 from mlxpref.cli import main
@@ -427,6 +429,27 @@ def test_a_run_that_will_not(changes: dict[str, Any], name: str, says: str, conf
     assert (code, said["ok"]) == (1, False)
     assert [c["name"] for c in failed] == [name], failed
     assert says in failed[0]["said"] and failed[0]["remedy"]
+
+
+def test_an_adapter_is_looked_at_without_the_hub(
+    config: Callable[..., Path], no_sockets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that is still to be downloaded nothing can be compared; the shell leaves ``~`` in a file alone."""
+    monkeypatch.setattr(places, "is_offline", lambda: False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/adapter_config.json").write_text("{}")
+    layer = {"model.layers.77.self_attn.q_proj.lora_a": np.zeros((4, 2), np.float32)}
+    save_file(layer, tmp_path / "first/adapters.safetensors")
+    asked = {"adapter": {"init_from": "~/first"}}
+
+    def look(**changes: Any) -> Check:
+        file = config(**asked, **changes)
+        return {c.name: c for c in examine(file, network=False, speed=False)}["adapter"]
+
+    assert look(model={"path": "nobody-here/no-model"}).status == "ok" and not no_sockets
+    here = look()
+    assert here.status == "fail" and "another model" in here.said and "~/first" in here.said
 
 
 @pytest.mark.parametrize("error", [UsageError("no mlx: pip install it"), OSError("libcuda.so.1"), RuntimeError()])

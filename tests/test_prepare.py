@@ -182,6 +182,13 @@ def test_a_relabelled_folder_is_its_own_validation_data(ready: Preparer, splits:
         ready(source=folder, valid=folder, valid_split="train")
 
 
+def test_a_list_of_sources_is_called_by_its_paths(ready: Preparer, splits: Path, tmp_path: Path) -> None:
+    """Finds: a message that shows the user how a configuration looks from inside."""
+    folder, train = relabelled(splits, tmp_path / "out"), tmp_path / "in/train.jsonl"
+    with pytest.raises(ConfigError, match=rf"by another recipe than {train}, {train}$"):
+        ready({"goal_range": [1, 5]}, source=[{"path": str(train)}, {"path": str(train)}], valid=folder)
+
+
 def test_limit_of_a_relabelled_folder_counts_examples(ready: Preparer, splits: Path, tmp_path: Path) -> None:
     found = ready(source=relabelled(splits, tmp_path / "out"), limit=2)
     assert [(r.example_id, r.half) for r in found.train] == [

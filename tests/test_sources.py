@@ -380,6 +380,15 @@ def test_a_prompt_that_only_mentions_human_is_text(tmp_path: Path) -> None:
     assert [m.as_dict() for m in got[0].prompt] == [user(text)]
 
 
+def test_a_second_text_of_a_response_is_no_score_even_if_it_spells_a_number(tmp_path: Path) -> None:
+    """Finds: the final answer of a worked one among the scores; a score by such a name that is lost."""
+    first = {"response": "Six times seven is 42.", "answer": "42", "completion": 4, "score": 8}
+    second = {"response": "It is 41.", "answer": "41", "completion": 1, "score": 2}
+    file = write(tmp_path / "worked.jsonl", [{"prompt": "q", "responses": [first, second]}])
+    (example,), _ = read_source(SourceSpec(str(file)))
+    assert example.attributes == {"completion": (4.0, 1.0)}
+
+
 def test_completion_rated_na_is_left_out_and_counted(tmp_path: Path) -> None:
     """Finds: an unrated completion trained on, or dropped without a word; an N/A pair kept."""
     good, better = completion("a", 4.0, "2", "3", "4", "1"), completion("b", 8.0, "5", "5", "5", "5")

@@ -26,7 +26,7 @@ from mlxpref.ablate.table import Table, table_of, write_table
 from mlxpref.assembly import Assembly
 from mlxpref.callbacks import Callbacks, TrainCallback
 from mlxpref.config import Config
-from mlxpref.errors import ConfigError, MlxprefError, RunError, raise_all
+from mlxpref.errors import ConfigError, DataError, MlxprefError, RunError, raise_all
 from mlxpref.files import write_text
 from mlxpref.locks import locked
 from mlxpref.objectives import Objective, resolve_objective
@@ -149,13 +149,19 @@ class Sweep:
         """
         found: dict[str, Prepared] = {}
         problems: list[str] = []
+        unread: list[tuple[str, DataError]] = []
         points = {self._data_key(one.point.combination): one.point for one in looked if one.state not in _OVER}
         for key in dict.fromkeys(points):
             members = [one for one in looked if self._data_key(one.point.combination) == key]
             config = members[0].point.combination.config
-            found[key] = data = prepare(config, needs=_objective(config).needs)
+            try:
+                found[key] = data = prepare(config, needs=_objective(config).needs)
+            except DataError as error:
+                unread += [(one.point.combination.label, error) for one in members]
+                continue
             self.watch.on_data(data, [one.point for one in members])
             problems += self._data_problems(data, members)
+        _refuse_unread(unread, some=bool(found))
         raise_all(list(dict.fromkeys(problems)), ConfigError, "before the first run:")
         return found
 
@@ -259,6 +265,19 @@ class Sweep:
 
 
 _OVER = ("done", "failed")
+
+
+def _refuse_unread(unread: Sequence[tuple[str, DataError]], *, some: bool) -> None:
+    """DataError where combinations have no data: which, and why. ``some``: others have."""
+    texts = list(dict.fromkeys(str(error) for _, error in unread))
+    if len(texts) == 1 and not some:
+        raise unread[0][1]
+    labels = {text: list(dict.fromkeys(label for label, error in unread if str(error) == text)) for text in texts}
+    raise_all(
+        [f"{'; '.join(labels[text])}: {text}".replace("\n", "\n  ") for text in texts],
+        DataError,
+        "these runs cannot have their data; leave their values out, or mend the data:",
+    )
 
 
 def _objective(config: Config) -> Objective:

@@ -71,7 +71,8 @@ STATES: Mapping[str, str] = {
 @click.option(
     "--skip-impossible",
     is_flag=True,
-    help="Leave out combinations that cannot be, and options where an objective does not take them.",
+    help="Leave out combinations that cannot be, and options where an objective does not take them. What the data "
+    "lack is an error all the same.",
 )
 @click.option(
     "--rows",

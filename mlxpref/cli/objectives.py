@@ -13,7 +13,7 @@ import click
 
 from mlxpref.cli import console
 from mlxpref.columns import COLUMNS
-from mlxpref.data.supply import COMPUTED, REMEDIES
+from mlxpref.data.supply import REMEDIES
 from mlxpref.objectives import TABLE, Entry, find_objective
 
 FAMILIES = ("margin", "ratios", "batchwise", "scored", "listwise", "tokenwise", "texts", "policy_only")
@@ -209,7 +209,8 @@ def origin(column: str) -> str:
     """Where a column comes from, in words."""
     if column in NOT_OF_THE_DATA:
         return NOT_OF_THE_DATA[column]
-    asked = REMEDIES.get(column, "a column of this name").removeprefix("give ").removesuffix(COMPUTED)
+    asked = REMEDIES.get(column, "a column of this name").removeprefix("give ")
+    asked = re.sub(r" \([^()]*`mlxpref columns`[^()]*\)$", "", asked)  # what it computes is said here
     ours = f"; mlxpref columns computes it: {COLUMNS[column]}" if column in COLUMNS else ""
     return ("" if asked.startswith("data ") else "data: ") + asked + ours
 

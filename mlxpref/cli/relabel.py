@@ -26,7 +26,7 @@ from mlxpref.records import Conditioned, Counts
 EPILOG = """\b
 Example:
   mlxpref relabel pairs.jsonl --preview 2
-  mlxpref relabel pairs.jsonl --out relabelled --valid-fraction 0.05 --model Qwen/Qwen3-0.6B
+  mlxpref relabel pairs.jsonl --out relabelled --valid-fraction 0.1 --model Qwen/Qwen3-0.6B
   mlxpref relabel nvidia/HelpSteer2 --attributes helpfulness,correctness --score-range 0 4 --out helpful
   mlxpref relabel more.jsonl --out more --recipe relabelled
   mlxpref relabel lists.jsonl --out pairs --score-from helpfulness,honesty --combine min --select max_min

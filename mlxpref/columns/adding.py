@@ -76,9 +76,11 @@ def add_columns(
     Raises:
         UsageError: all that is wrong with what was asked for, models and folders included.
         DataError: the data cannot be read, or no row of a split is left.
-        ModelError, AdapterError: a model cannot be loaded. RunError: a log-prob is not finite, or a full disk.
+        ModelError, AdapterError: a model cannot be loaded.
+        RunError: ``out`` is occupied, a log-prob is not finite, or the disk is full.
     """
     raise_all(list(_problems(spec, out, wanted)), UsageError, "columns cannot be added like that:")
+    _check_free(out)
     room = backends.get(backend)
     found = read_folder(spec) if is_relabelled(spec.path) else read_data(spec, strict=strict)
     for line in (*found.said, *_remarks(found, wanted)):
@@ -119,17 +121,20 @@ def _problems(spec: SourceSpec, out: Path, wanted: Wanted) -> Iterator[str]:
     source = Path(spec.path).expanduser()
     if source.exists() and source.resolve() in (out.resolve(), *out.resolve().parents):
         yield f"--out {out} is, or lies in, what is read: choose another folder"
-    else:
-        try:
-            check_free(out)
-        except RunError:
-            yield f"--out {out}: is there already, and nothing is overwritten; choose another folder"
     early = [name for name in wanted.add if name in SCORES]
     if early and is_relabelled(spec.path):
         yield (
             f"{', '.join(early)}: `mlxpref relabel` reads them before it writes goals, and {spec.path} is relabelled: "
             "give the data it was made from"
         )
+
+
+def _check_free(out: Path) -> None:
+    """RunError, with a remedy that `mlxpref columns` has, if anything is there."""
+    try:
+        check_free(out)
+    except RunError as error:
+        raise RunError(f"--out {out}: is there already, and nothing is overwritten; choose another folder") from error
 
 
 def _remarks(found: Found, wanted: Wanted) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlxpref.columns.rows import Example
 from mlxpref.columns.wanted import SCORES
+from mlxpref.data.cards import CARD, MARK, VERSION, column_cards, with_card
 from mlxpref.data.columns import unusable
 from mlxpref.data.formats import SCORES as SCORE_NAMES
 from mlxpref.data.relabel import per_response
@@ -24,10 +25,6 @@ from mlxpref.data.sources import SourceSpec, find_split, open_source, read_sourc
 from mlxpref.files import folder_aside
 from mlxpref.prepare import first_examples
 from mlxpref.records import Conditioned, Counts, Message, Scored
-
-CARD = "columns.json"
-MARK = "mlxpref_columns"
-VERSION = 1
 
 _NESTED = ("prompt", "chosen", "rejected", "responses", "i_chosen", "i_rejected")
 
@@ -104,7 +101,7 @@ def write_folder(
     own = {name: Counts(stage["kept"], dict(stage["dropped"])) for name, stage in folder.counts.items()}
     kind: FileFormat = "parquet" if any(file.suffix == ".parquet" for file in folder.splits.values()) else "jsonl"
     rows = {name: [row for row in some if isinstance(row, Conditioned)] for name, some in splits.items()}
-    options = {**folder.options, "columns": [*folder.options.get("columns", ()), dict(about)]}
+    options = {**folder.options, "columns": with_card(folder.options.get("columns", ()), about)}
     write_relabelled(
         out, rows, folder.recipe, file_format=file_format or kind, counts={**own, **counts}, written_with=options
     )
@@ -126,7 +123,7 @@ def _write_data(
         "source": found.spec.path,
         "splits": {name: len(some) for name, some in rows.items()},
         "counts": {name: {"kept": own.kept, "dropped": own.dropped} for name, own in counts.items()},
-        "columns": dict(about),
+        "columns": with_card(column_cards(found.spec.path), about),
     }
     with folder_aside(out) as aside:
         for name, some in laid.items():

@@ -127,7 +127,8 @@ def _scored_answer(item: Row, name: str | None) -> Answer:
     for key in ("attributes", "scores", "ratings", name):
         if key and isinstance(item.get(key), Mapping):
             attributes |= item[key]
-    others = {key: value for key, value in item.items() if key not in (_text_key(item), name, "rank", "index", "id")}
+    texts = {_text_key(item), *(key for key in TEXTS if isinstance(item.get(key), str))}  # "42" is an answer, too
+    others = {key: value for key, value in item.items() if key not in {*texts, name, "rank", "index", "id"}}
     attributes |= {key: value for key, value in others.items() if isinstance(as_number(value), float)}
     attributes |= _of_response(item)
     return Answer(text_of(item), _one_number(item.get(name) if name else None), attributes)

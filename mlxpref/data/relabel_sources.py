@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxpref.data.cards import column_cards
 from mlxpref.data.formats import FORMATS
 from mlxpref.data.picking import Picking
 from mlxpref.data.recipe import OVERALL, Recipe
@@ -35,7 +36,8 @@ class RelabelledSplits:
         counts: ``read/train``, ``shape/train`` (where something was), ``relabel/train``, …: examples kept and dropped.
         notes: what the user should look at, a sentence each.
         options: what the rows were made from and with, JSON-safe: "sources", "seed", the options of
-            ``relabel_all`` that were given, and "scoring" and "picking" as fitted, where they act.
+            ``relabel_all`` that were given, "scoring" and "picking" as fitted, where they act, and "columns", how
+            those that models computed were made (:mod:`mlxpref.data.cards`), where there are some.
     """
 
     splits: dict[str, list[Conditioned]]
@@ -145,9 +147,10 @@ def relabel_splits(
     examples = shaped.splits
     counts |= shaped.counts
     stored = {"sources": _described(wanted), "seed": seed} | shaped.shaping.as_dict()
+    cards = _cards(wanted)
     if fitted is None:
         plain = {name: [unconditioned(example) for example in found] for name, found in examples.items()}
-        return RelabelledSplits(plain, None, counts, shaped.notes, stored)
+        return RelabelledSplits(plain, None, counts, shaped.notes, stored | ({"columns": cards} if cards else {}))
     used = _fit(examples.get("train") or next(iter(examples.values())), fitted)
     rows: dict[str, list[Conditioned]] = {}
     for name, found in examples.items():
@@ -162,6 +165,8 @@ def relabel_splits(
     notes += tuple(_scale_notes(every, used)) if isinstance(recipe, Mapping) else ()
     plain_only = options.get("plain_share") == 1
     kept = {name: value for name, value in options.items() if name != "num_proc"}
+    if cards:
+        stored["columns"] = cards if plain_only else [{**card, "goals": False} for card in cards]
     return RelabelledSplits(rows, None if plain_only else used, counts, notes, stored | kept)
 
 
@@ -224,6 +229,12 @@ def _described(wanted: Mapping[str, Sequence[Source]]) -> list[dict[str, Any]]:
         {key: getattr(spec, key) for key in defaults if getattr(spec, key) != defaults[key]} | {"split": split}
         for spec, split in given
     ]
+
+
+def _cards(wanted: Mapping[str, Sequence[Source]]) -> list[dict[str, Any]]:
+    """How the sources' computed columns were made, each folder's once."""
+    paths = dict.fromkeys(source.spec.path for sources in wanted.values() for source in sources)
+    return [dict(card) for path in paths for card in column_cards(path)]
 
 
 # --- scales ---

@@ -242,7 +242,8 @@ def _groups(splits: Splits) -> tuple[str, ...]:
     if others:
         raise DataError(
             f"group: {counted(len(others), 'row')} (first {others[0].place}) of a group that is not trained on; there "
-            f"is {', '.join(sorted(names))}: leave such rows out of the validation data"
+            f"is {', '.join(sorted(names))}: leave such rows out of the validation data, or hold "
+            "others out (another training.seed parts data.valid_fraction otherwise)"
         )
     numbers = all(isinstance(as_number(name), float) and math.isfinite(float(name)) for name in names)
     return tuple(sorted(names, key=lambda name: (float(name) if numbers else 0.0, name)))

@@ -15,7 +15,7 @@ from mlxpref.data.readers import READERS, ending
 from mlxpref.doctor.check import Check, settled
 from mlxpref.doctor.places import ROOM_FOR_RUN, Reach, check_disk, check_writable, hub_cache
 from mlxpref.errors import MlxprefError, RunError
-from mlxpref.facts import check_start
+from mlxpref.facts import check_fits, read_adapter_folder
 from mlxpref.files import safetensors_header
 from mlxpref.objectives import resolve_objective
 from mlxpref.runs import CONFIG, check_free
@@ -127,14 +127,21 @@ def _json(file: Path) -> dict[str, Any] | None:
 
 
 def check_adapters(config: Config) -> Check:
-    """The adapters a run starts from: whole, and of this model as far as can be told without loading it."""
-    named = {"init_from": config.adapter.init_from, "reference.previous": config.reference.previous}
-    said = ", ".join(f"{key} {folder}" for key, folder in named.items() if folder is not None)
+    """The adapters a run starts from: whole, and of this model as far as its files on this disk tell."""
+    asked = {"init_from": config.adapter.init_from, "reference.previous": config.reference.previous}
+    named = {f"{key} {given}": Path(given).expanduser() for key, given in asked.items() if given is not None}
+    path = config.model.path
+    model = _on_disk(path, config.model.revision)
     try:
-        check_start(config)
+        for name, folder in named.items():
+            _, header = read_adapter_folder(folder, name)
+            if model is not None:
+                shapes = {tensor: entry["shape"] for tensor, entry in header.items()}
+                check_fits(shapes, model, f"{name}: this adapter was made for another model than {path}:")
     except MlxprefError as error:
         return Check("adapter", "fail", str(error), "name a folder that mlxpref or mlx_lm.lora wrote for this model")
-    return Check("adapter", "ok", f"{said}: whole, and not of another model")
+    of_it = "and not of another model" if model is not None else "and compared with the model once that is here"
+    return Check("adapter", "ok", f"{', '.join(named)}: whole, {of_it}")
 
 
 # --- data ---
@@ -173,6 +180,12 @@ def _to_download(name: str, path: str, reach: Reach, kind: str) -> Check:
     if reach == "unreachable":
         return Check(name, "fail", f"{path}: not on this disk, and the hub does not answer", remedy)
     return Check(name, "ok", f"{path}: not on this disk; will be downloaded from the hub")
+
+
+def _on_disk(path: str, revision: str | None) -> Path | None:
+    """A model's folder, without asking the hub; None where there is none yet."""
+    folder = Path(path).expanduser()
+    return folder if folder.is_dir() else None if _looks_local(path) else _cached_model(path, revision)
 
 
 def _cached_model(path: str, revision: str | None) -> Path | None:
