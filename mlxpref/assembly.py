@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +29,8 @@ from mlxpref.records import Batch, StepReport, Tokenized
 from mlxpref.reference import ReferenceStore, default_store_folder, kinds_of, reference_logps
 from mlxpref.runs import RunFolder
 from mlxpref.schedules import make_schedule, n_warmup
+from mlxpref.together import agreed, check_alike, shared_checkpoint
+from mlxpref.workers import Workers
 
 STEPS_PER_EVAL = 200
 """Of runs that have validation rows and do not say."""
@@ -55,7 +57,10 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """Puts a run together, room by room, and tells the listeners what it finds."""
+    """Puts a run together, room by room, and tells the listeners what it finds.
+
+    Of several workers each does so; the run folder and the listeners of all but worker 0 are stand-ins.
+    """
 
     config: Config
     objective: Objective
@@ -64,6 +69,7 @@ class Assembly:
     listeners: TrainCallback
     now: Callable[[], datetime]
     prepared: Prepared | None = None
+    workers: Workers = field(default_factory=Workers)
 
     def check(self) -> None:
         """Raise what is wrong with configuration and data, as far as it shows before a model loads."""
@@ -74,11 +80,12 @@ class Assembly:
         data = self._data()
         eval_every = self._eval_every(data)
         checkpoint = run.last_checkpoint() if resume else None
-        for text in run.said:
-            self.listeners.on_note(f"warning: {text}")
+        for text in (*(f"warning: {text}" for text in run.said), *self.workers.said):
+            self.listeners.on_note(text)
         policy = self._policy()
         step = self._step(policy, n_groups=len(data.groups))  # what it refuses is refused before the run begins
         plan = self._plan(data.train, policy)
+        check_alike(self.workers, config, data.fingerprint, policy, plan)
         schedule = self._schedule(len(plan.steps))
         known = run.facts() if resume else {}
         facts = run_facts(
@@ -87,12 +94,14 @@ class Assembly:
             step=checkpoint.step if checkpoint is not None else 0,
             time=self.now(),
         )  # fmt: skip
+        facts["starts"][-1]["workers"] = self.workers.size
         for text in check_same(known, facts, run.path):
             self.listeners.on_note(f"warning: {text}")
         run.begin(dump_config(config), facts)
         run.rewind(checkpoint)
         done = checkpoint.step if checkpoint is not None else 0
-        lines = tuple(describe(config, self.objective, data, policy, plan, done=done))
+        device = facts["starts"][-1]["device"]
+        lines = (*describe(config, self.objective, data, policy, plan, device=device, done=done), *self._workers_line())
         self.listeners.on_start(RunStart(run.path, len(plan.steps), done, facts, lines))
         splits = self._references(data, policy, plan, eval_every)
         if "valid" in splits:
@@ -100,9 +109,10 @@ class Assembly:
             often = "every step" if eval_every == 1 else f"every {eval_every} steps"
             self.listeners.on_note(f"evaluation: {valid.visited} of {counted(len(valid.rows), 'row')} {often}")
         progress = Progress()
-        if checkpoint is not None:
-            step.load_state(checkpoint.folder)
-            progress = Progress.from_dict(checkpoint.state)
+        with shared_checkpoint(checkpoint, self.workers) as found:
+            if found is not None:
+                step.load_state(found.folder)
+                progress = Progress.from_dict(found.state)
         training = config.training
         return Loop(
             work=self._work(policy, step, splits, facts),
@@ -176,6 +186,7 @@ class Assembly:
             model.path,
             revision=model.revision,
             dtype=model.dtype,
+            load_in_4bit=model.load_in_4bit,
             init_from=adapter.init_from,
             grad_checkpoint=training.grad_checkpoint,
             seed=training.seed,
@@ -195,6 +206,7 @@ class Assembly:
             keep_together=batching.keep_together,
             seed=training.seed,
             max_shapes=self._shapes(2, rows),
+            n_workers=self.workers.size,
         )
 
     def _shapes(self, share: int, rows: Sequence[Tokenized]) -> int:
@@ -218,6 +230,7 @@ class Assembly:
             keep_together=batching.keep_together,
             seed=training.seed,
             max_shapes=self._shapes(4, rows),
+            n_workers=self.workers.size,
         )
 
     def _schedule(self, n_steps: int) -> Callable[[int], float]:
@@ -244,7 +257,12 @@ class Assembly:
             seed=self.config.training.seed,
             n_groups=max(1, n_groups),
             reference_update=self.config.reference.update_arguments(),
+            workers=self.workers,
         )
+
+    def _workers_line(self) -> Iterator[str]:
+        if self.workers.size > 1:
+            yield f"workers: {self.workers.size}, which share out each batch by length; this is worker 0"
 
     def _references(
         self, data: Prepared, policy: Any, plan: Plan, eval_every: int
@@ -272,15 +290,18 @@ class Assembly:
     def _previous_logps(self, rows: Sequence[Tokenized], folder: str | None) -> list[list[np.ndarray]]:
         """Of the adapter the round before started from, or of the base; its model leaves memory again."""
         model = self.config.model
-        started = {"trainable": False} if folder is None else {"init_from": folder}
+        started: dict[str, Any] = {"trainable": False} if folder is None else {"init_from": folder}
         self.listeners.on_note(f"the round before started from {folder or 'the base'}")
-        previous = self.machine.load_policy(model.path, revision=model.revision, dtype=model.dtype, **started)
+        previous = self.machine.load_policy(
+            model.path, revision=model.revision, dtype=model.dtype, load_in_4bit=model.load_in_4bit, **started
+        )
         return self._reference_logps(rows, previous)
 
     def _reference_logps(self, rows: Sequence[Tokenized], policy: Any) -> list[list[np.ndarray]]:
-        folder = self.config.reference.store
-        store = ReferenceStore(Path(folder) if folder else default_store_folder(), policy.fingerprint)
-        for text in store.said:
+        folder, store = self.config.reference.store, None
+        if self.workers.rank == 0:
+            store = ReferenceStore(Path(folder) if folder else default_store_folder(), policy.fingerprint)
+        for text in () if store is None else store.said:
             self.listeners.on_note(f"warning: {text}")
         logps, counts = reference_logps(
             rows,
@@ -290,6 +311,7 @@ class Assembly:
             micro_batch_tokens=self.config.batching.micro_batch_tokens,
             max_shapes=self._shapes(4, rows),
             on_progress=lambda done, total: self.listeners.on_progress("reference", done, total),
+            workers=self.workers,
         )
         self.listeners.on_note(str(counts))
         return logps
@@ -317,7 +339,7 @@ class Assembly:
                 seen.append((batch, step.evaluate(batch)))
                 self.listeners.on_progress("evaluation", index + 1, len(split.plan.steps))
                 yield None
-            yield _metrics(split.rows, seen, objective)
+            yield agreed(self.workers, lambda: _metrics(split.rows, seen, objective))
 
         return Work(
             batch=lambda index: train_split.batch(index, columns),

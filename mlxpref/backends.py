@@ -76,16 +76,17 @@ def _is_installed(package: str) -> bool:
 
 
 def _has_cuda() -> bool:
-    """PyTorch finds a GPU. It is asked only where there is a driver: importing it takes a second."""
-    if not _has_cuda_driver():
-        return False
-    return bool(importlib.import_module("torch").cuda.is_available())
+    """There is a GPU, and PyTorch's build is not that for CPUs. It is not asked: importing it takes a second."""
+    return _has_cuda_driver() and _is_installed("torch") and not importlib.metadata.version("torch").endswith("+cpu")
 
 
 def _has_cuda_driver() -> bool:
+    """An NVIDIA driver with a GPU that this process may use."""
+    count = ctypes.c_int(0)
     try:
-        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
-    except OSError:
+        driver = ctypes.CDLL("libcuda.so.1")
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
         return False
 
 

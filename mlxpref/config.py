@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from mlxpref.data.scale import MAX_DECIMALS
 from mlxpref.data.shaping import Shaping
 from mlxpref.errors import UsageError
+from mlxpref.optimizer_options import option_problems
 
 OPTIMIZER_OPTIONS: Mapping[str, frozenset[str]] = {
     "adam": frozenset({"betas", "eps", "bias_correction"}),
@@ -96,6 +97,7 @@ class ModelSection(Section):
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    load_in_4bit: bool = False
     backend: str = "auto"
 
 
@@ -288,6 +290,7 @@ class TrainingSection(Section):
     iters: Count | None = None
     epochs: Annotated[Real, Field(gt=0)] | None = None
     grad_checkpoint: bool = False
+    fsdp: bool = False
     steps_per_report: Count = 10
     steps_per_eval: Annotated[Whole, Field(ge=0)] | None = None
     val_batches: Annotated[Whole, Field(ge=-1)] = 25
@@ -423,6 +426,8 @@ def _optimizer_contradictions(optimizer: OptimizerSection) -> Iterator[str]:
     known = OPTIMIZER_OPTIONS[optimizer.name]
     for key in sorted(set(optimizer.options) - known):
         yield f"optimizer.options.{key}: {optimizer.name} takes {', '.join(sorted(known))}"
+    given = {key: value for key, value in optimizer.options.items() if key in known}
+    yield from (f"optimizer.options: {text}" for text in option_problems(optimizer.name, given))
     if optimizer.name == "adam" and optimizer.weight_decay > 0:
         yield "optimizer.weight_decay with adam: adam applies none; use adamw"
     schedule = optimizer.schedule

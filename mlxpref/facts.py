@@ -107,6 +107,7 @@ def run_facts(
         "model": {
             "path": config.model.path,
             "revision": config.model.revision,
+            "load_in_4bit": config.model.load_in_4bit,
             "fingerprint": policy.fingerprint,
             "way": policy.way,
             "parameters": policy.n_parameters,
@@ -148,7 +149,7 @@ def adapter_facts(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
     """What an adapter says about itself under ``mlxpref`` in its config, from the run's facts."""
     return {
         "objective": facts["objective"],
-        "model": {key: facts["model"][key] for key in ("path", "revision", "fingerprint")},
+        "model": {key: facts["model"].get(key) for key in ("path", "revision", "load_in_4bit", "fingerprint")},
         "recipe": facts["data"]["recipe"],
         "scoring": facts["data"].get("scoring"),
         "tokenization": facts["tokenization"],
@@ -280,6 +281,12 @@ def check_same(known: Mapping[str, Any], facts: Mapping[str, Any], folder: Path)
         yield f"other versions than before ({changed}): the last bits may differ from an uninterrupted run"
 
 
+def said_device(device: Mapping[str, Any]) -> str:
+    """``mlx on metal (Apple M3)``, of a backend's ``device_info()``."""
+    named = device.get("device_name")
+    return f"{device.get('backend')} on {device.get('kind')}" + (f" ({named})" if named else "")
+
+
 def describe(
     config: Config,
     objective: Objective,
@@ -287,9 +294,14 @@ def describe(
     policy: Any,
     plan: Plan,
     *,
+    device: Mapping[str, Any],
     done: int = 0,
 ) -> Iterator[str]:
-    """What a person wants to know before the first step, a line each."""
+    """What a person wants to know before the first step, a line each.
+
+    Args:
+        device: the backend's ``device_info()``.
+    """
     yield from data.said
     for stage, count in data.counts.items():
         dropped = sum(count.dropped.values())
@@ -302,6 +314,7 @@ def describe(
     )
     how = "each prompt once for all its responses" if policy.share_prompts else "whole rows"
     yield f"way: {policy.way} ({how})"
+    yield f"backend: {said_device(device)}"
     whole = "; it sees each batch as a whole, in two passes" if objective.coupled else ""
     yield f"objective: {objective.name}{whole}"
     if not data.valid:

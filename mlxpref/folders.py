@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlxpref.errors import AdapterError, ConfigError, raise_all
 
@@ -26,7 +26,7 @@ def resolve_lora(given: Mapping[str, Any] | None) -> dict[str, Any]:
     rank = int(given.get("rank", 8))
     alpha, scale = given.get("alpha"), given.get("scale")
     scale = alpha / rank if alpha is not None else 20.0 if scale is None else scale
-    resolved = {"rank": rank, "scale": float(scale), "dropout": float(given.get("dropout", 0.0))}
+    resolved: dict[str, Any] = {"rank": rank, "scale": float(scale), "dropout": float(given.get("dropout", 0.0))}
     if rank < 1 or not 0 <= resolved["dropout"] < 1:
         raise ConfigError(f"lora_parameters: rank must be >= 1 and 0 <= dropout < 1, not {resolved}")
     if given.get("keys") is not None:
@@ -122,8 +122,23 @@ def read_settings(folder: Path) -> tuple[str, int, dict[str, Any]]:
     return kind, int(config["num_layers"]), dict(config.get("lora_parameters") or {})
 
 
-def read_base(folder: Path, model_path: str | None) -> tuple[str, str | None, str | None]:
-    """The base an adapter goes on: its path or hub id, its revision, and the fingerprint it was trained on.
+class Base(NamedTuple):
+    """The model an adapter goes on.
+
+    Attributes:
+        path: folder or hub id. revision: of the hub id.
+        fingerprint: of the weights it was trained on; None for an adapter that another program made.
+        load_in_4bit: it was trained on a base quantised while loading.
+    """
+
+    path: str
+    revision: str | None
+    fingerprint: str | None
+    load_in_4bit: bool
+
+
+def read_base(folder: Path, model_path: str | None) -> Base:
+    """The base an adapter goes on.
 
     Args:
         model_path: where the base is now, in place of where the adapter says; without a revision then.
@@ -136,8 +151,9 @@ def read_base(folder: Path, model_path: str | None) -> tuple[str, str | None, st
     if not base:
         raise AdapterError(f"{folder / CONFIG}: names no base model; give one with --model")
     ours = config.get("mlxpref", {})
-    revision = (ours.get("model") or {}).get("revision") if model_path is None else None
-    return str(base), revision, ours.get("base_fingerprint")
+    model = ours.get("model") or {}
+    revision = model.get("revision") if model_path is None else None
+    return Base(str(base), revision, ours.get("base_fingerprint"), bool(model.get("load_in_4bit")))
 
 
 def check_tensors(

@@ -7,6 +7,7 @@ together with the step's own state (weights, optimiser, random state) and the fe
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from mlxpref.errors import RunError
 from mlxpref.records import Batch, StepReport
 from mlxpref.runs import RunFolder
 from mlxpref.schedules import Schedule
+from mlxpref.workers import WorkerLost, Workers
 
 MAX_SKIPPED_IN_ROW = 3
 """So many steps in a row without a finite gradient, and a run stops."""
@@ -87,29 +89,43 @@ class TrainResult:
 
 
 class StopSignal:
-    """Remembers the first Ctrl-C or SIGTERM; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Remembers the first Ctrl-C or SIGTERM; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    def __init__(self, on_signal: Callable[[int], None] | None = None) -> None:
+    It is true once it holds: of several workers, when all have agreed to stop after the same step.
+    """
+
+    def __init__(self, on_signal: Callable[[int], None] | None = None, workers: Workers | None = None) -> None:
         self.received: int | None = None
         self._on_signal = on_signal
+        self._workers = Workers() if workers is None else workers
 
     def __bool__(self) -> bool:
-        return self.received is not None
+        return self._workers.stopping
+
+    @property
+    def reason(self) -> int | None:
+        """The signal that stopped the run; SIGINT where it came to another worker."""
+        return self.received or (signal.SIGINT if self else None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        self._workers.wants_stop = True
         if self._on_signal is not None:
             self._on_signal(number)
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Take over both signals until the end of the block (only the main thread can)."""
+        """Take over both signals until the end of the block (only the main thread can).
+
+        Of several workers also SIGHUP, which a remote one gets when the launcher's connection ends.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        held = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if self._workers.size > 1 else [])]
+        held = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:
@@ -178,7 +194,14 @@ class Loop:
 
         Raises:
             RunError: the disk refuses, or steps are not finite ``MAX_SKIPPED_IN_ROW`` times in a row.
+            WorkerLost: another worker has gone; what all had done together is saved.
         """
+        try:
+            return self._go(stop)
+        except WorkerLost as lost:
+            raise WorkerLost(f"{lost}. {self._rescued()}") from lost
+
+    def _go(self, stop: StopSignal) -> TrainResult:
         progress = self.progress
         if progress.pending is not None:
             self.metrics, progress.pending = dict(progress.pending), None
@@ -187,7 +210,7 @@ class Loop:
             self._update()
             self._after_update(stop)
         finished = progress.step == self.n_steps and progress.pending is None
-        return self._result(None if finished or progress.stopped else stop.received)
+        return self._result(None if finished or progress.stopped else stop.reason)
 
     def _update(self) -> None:
         progress, started = self.progress, self.clock()
@@ -214,8 +237,7 @@ class Loop:
 
     def _after_update(self, stop: StopSignal) -> None:
         """Evaluate if it is time, write the step down, save if it is time."""
-        if self._evaluation_due() and not self._evaluate(stop):
-            self.progress.pending = self.metrics
+        if self._evaluation_due() and not self._evaluated(stop):
             self._save()
             return
         step, failed = self.progress.step, self.progress.skipped_in_row >= MAX_SKIPPED_IN_ROW
@@ -233,6 +255,14 @@ class Loop:
     def _evaluation_due(self) -> bool:
         every, step = self.settings.steps_per_eval, self.progress.step
         return every > 0 and (step % every == 0 or step == self.n_steps)
+
+    def _evaluated(self, stop: StopSignal) -> bool:
+        """False if the evaluation is left to the resumed run: a signal came, or (raised) a worker has gone."""
+        self.progress.pending = self.metrics
+        if not self._evaluate(stop):
+            return False
+        self.progress.pending = None
+        return True
 
     def _evaluate(self, stop: StopSignal) -> bool:
         """Add an evaluation to the step's metrics; False if a signal came before its end."""
@@ -278,6 +308,17 @@ class Loop:
             keep_last=self.settings.keep_last,
         )
         self.callbacks.on_save(step, self.checkpoint)
+
+    def _rescued(self) -> str:
+        """Save the last whole step, and say how to go on."""
+        step = self.progress.step
+        if not step:
+            return "No step was done yet: start again"
+        self._save()
+        return (
+            f"Step {step} of {self.n_steps} was the last that all did, and it is saved: go on with  mlxpref train "
+            f"--adapter-path {shlex.quote(str(self.run.path))} --resume  with any number of workers, one included"
+        )
 
     def _not_finite(self) -> str:
         last, n = self.progress.step, self.progress.skipped_in_row

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mlxpref.adapters import WEIGHTS, Adapter, base_shapes, rank_axes, read_adapter
+from mlxpref.conversion import as_mlx_folder
 from mlxpref.errors import AdapterError, ModelError, UsageError, raise_all
 from mlxpref.facts import check_fits, versions
 from mlxpref.files import file_digest, safetensors_header
@@ -62,7 +63,7 @@ def interpolate(
         return _combined(parts, _shared_recipe(parts))
     if Path(recipe_from).resolve() not in [Path(folder).resolve() for folder in folders]:
         raise UsageError(f"the recipe of {recipe_from}: name one of {', '.join(map(str, folders))}")
-    return _combined(parts, read_adapter(Path(recipe_from)).facts.get("recipe"))
+    return _combined(parts, read_adapter(as_mlx_folder(recipe_from)).facts.get("recipe"))
 
 
 def extrapolate(folder: str | Path, alpha: float, start: str | Path | None = None) -> Adapter:
@@ -96,7 +97,7 @@ def _parts(folders: Sequence[str | Path], weights: Sequence[float]) -> Parts:
     wrong = [str(weight) for weight in weights if not math.isfinite(weight)]
     if wrong:
         raise UsageError(f"weights must be finite numbers, not {', '.join(wrong)}")
-    adapters = [read_adapter(Path(folder)) for folder in folders]
+    adapters = [read_adapter(as_mlx_folder(folder)) for folder in folders]
     problems = [text for pair in combinations(adapters, 2) for text in _differences(*pair)]
     raise_all(problems, AdapterError, "these adapters cannot be merged:")
     for adapter in adapters:

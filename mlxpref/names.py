@@ -42,7 +42,8 @@ _ROUTERS: Mapping[str, str] = {
 }
 """Model type → how mlx-lm's paths of routers end; transformers has no linear layer there."""
 
-_EMBEDDINGS = frozenset(("embed_tokens", "embed_tokens_per_layer", "embed_in", "embeddings", "wte", "wpe"))
+_TABLES = frozenset(("embed_tokens", "embed_in", "embeddings", "wte"))
+_OTHER_TABLES = frozenset(("embed_tokens_per_layer", "wpe"))
 
 
 def to_torch(module: str, model_type: str) -> str:
@@ -78,7 +79,12 @@ def to_mlx(module: str, model_type: str) -> str:
 
 def is_embedding(module: str) -> bool:
     """Whether a path of either library ends in the name of a table of embeddings."""
-    return module.rpartition(".")[2] in _EMBEDDINGS
+    return module.rpartition(".")[2] in _TABLES | _OTHER_TABLES
+
+
+def is_token_table(module: str) -> bool:
+    """Whether it is the embedding of the tokens, which may be the head, too."""
+    return module.rpartition(".")[2] in _TABLES
 
 
 def _renamed(module: str, model_type: str, old: int, new: int) -> str:

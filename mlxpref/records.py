@@ -243,10 +243,12 @@ class Batch(NamedTuple):
     Attributes:
         parts: the micro-batches, in order of execution.
         rows: for each part, the indices (B,) of its examples in the tokenized data.
+        workers: for each part, the rank of the worker that computes it; () where all are worker 0's.
     """
 
     parts: tuple[MicroBatch, ...]
     rows: tuple[tuple[int, ...], ...]
+    workers: tuple[int, ...] = ()
 
     @property
     def n_examples(self) -> int:

@@ -17,7 +17,7 @@ import re
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 
 from mlxpref.data.batching import collate
+from mlxpref.data.parts import PlannedPart
 from mlxpref.data.plan import plan_pass
 from mlxpref.data.words import counted
 from mlxpref.errors import RunError
 from mlxpref.files import written_aside
 from mlxpref.records import Tokenized
+from mlxpref.workers import Workers
 
 FLUSH_SECONDS = 30.0
 """Log-probs wait in memory at most this long before they are on disk."""
@@ -185,6 +187,12 @@ Progress = Callable[[int, int], None]
 """Called with (rows done, rows to do) after each micro-batch."""
 
 
+PARTS_PER_SUM = 16
+"""Micro-batches that each of several workers computes between two sums of a pass."""
+
+ROWS_PER_SUM = 4096
+"""Rows of known log-probs that worker 0 gives to the others at a time."""
+
 PASS_SHAPES = 16
 """Shapes of one pass over the data; on UltraFeedback's lengths more of them save nothing."""
 
@@ -203,6 +211,7 @@ def logps_pass(
     micro_batch_tokens: int = 8192,
     max_shapes: int = PASS_SHAPES,
     on_progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """One forward pass over rows: yields (row, its S arrays (n_s,) float32, nats), in order of length.
 
@@ -212,31 +221,62 @@ def logps_pass(
         reference: log-probs of the reference instead of the policy.
         micro_batch_tokens: padded tokens of one micro-batch.
         max_shapes: different shapes of micro-batches, each traced once.
+        workers: who share out the pass; each yields all rows. All must ask for the same.
 
     Raises:
         RunError: a log-prob is not finite.
     """
     if not rows:
         return
+    group = Workers() if workers is None else workers
     plan = plan_pass(
         rows,
         micro_batch_tokens=micro_batch_tokens,
         share_prompts=policy.share_prompts,
         max_shapes=max(max_shapes, kinds_of(rows)),
     )
-    done = 0
-    for part in (part for step in plan.steps for part in step):
-        tokens = np.asarray(backend.token_logps(policy, collate(rows, part), reference=reference).tokens)
-        for index, of_row in zip(part.rows, tokens, strict=True):
-            row = rows[index]
-            logps = [
-                np.array(values[: len(ids)], np.float32) for values, (_, ids) in zip(of_row, row.slots, strict=True)
-            ]
-            _check_finite(row, logps, "reference" if reference else "policy")
+    parts, done = [part for step in plan.steps for part in step], 0
+    at_a_time = 1 if group.size == 1 else PARTS_PER_SUM * group.size
+    for some in (parts[start : start + at_a_time] for start in range(0, len(parts), at_a_time)):
+        found: dict[int, list[np.ndarray]] = {}
+        for part in some[group.rank :: group.size]:  # neighbours in length: every worker has as much to do
+            tokens = np.asarray(backend.token_logps(policy, collate(rows, part), reference=reference).tokens)
+            found |= {index: _cut(of_row, rows[index]) for index, of_row in zip(part.rows, tokens, strict=True)}
+        asked = _rows_of(some)
+        for index, logps in _exchanged(rows, asked, found, group):
+            _check_finite(rows[index], logps, "reference" if reference else "policy")
             yield index, logps
-        done += len(part.rows)
+        done += len(asked)
         if on_progress is not None:
             on_progress(done, len(rows))
+
+
+def _rows_of(parts: Sequence[PlannedPart]) -> list[int]:
+    return [index for part in parts for index in part.rows]
+
+
+def _cut(of_row: np.ndarray, row: Tokenized) -> list[np.ndarray]:
+    """S arrays (n_s,) of a row's (S, L)."""
+    return [np.array(values[: len(ids)], np.float32) for values, (_, ids) in zip(of_row, row.slots, strict=True)]
+
+
+def _exchanged(
+    rows: Sequence[Tokenized], asked: Sequence[int], found: Mapping[int, Sequence[np.ndarray]], workers: Workers
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(row, its S arrays) of every row asked for, whichever worker found it."""
+    if workers.size == 1:
+        yield from ((index, list(found[index])) for index in asked)
+        return
+    lengths = [len(ids) for index in asked for _, ids in rows[index].slots]
+    own = [
+        values
+        for index in asked
+        for values in found.get(index) or [np.zeros(len(ids), np.float32) for _, ids in rows[index].slots]
+    ]
+    together = workers.sum_numpy(np.concatenate(own))
+    pieces = iter(np.split(together, np.cumsum(lengths)[:-1]))
+    for index in asked:
+        yield index, [next(pieces) for _ in rows[index].slots]
 
 
 def _check_finite(row: Tokenized, logps: Sequence[np.ndarray], whose: str) -> None:
@@ -271,6 +311,28 @@ def policy_logps(
     return [found[key] for key in keys]
 
 
+Keys = tuple[bytes, ...]
+
+
+def _known(
+    distinct: Mapping[Keys, Tokenized], store: ReferenceStore | None, workers: Workers
+) -> dict[Keys, list[np.ndarray]]:
+    """What worker 0's store has, on every worker."""
+    own = {} if store is None else {key: store.get(row) for key, row in distinct.items()}
+    found = {key: logps for key, logps in own.items() if logps is not None}
+    if workers.size == 1 or not distinct:
+        return found
+    has = workers.sum_numpy(np.array([key in found for key in distinct], np.float32)) > 0
+    keys, rows = list(distinct), list(distinct.values())
+    asked = np.flatnonzero(has).tolist()
+    given: dict[Keys, list[np.ndarray]] = {}
+    for start in range(0, len(asked), ROWS_PER_SUM):
+        some = asked[start : start + ROWS_PER_SUM]
+        mine = {index: found[keys[index]] for index in some if keys[index] in found}
+        given |= {keys[index]: logps for index, logps in _exchanged(rows, some, mine, workers)}
+    return given
+
+
 def reference_logps(
     rows: Sequence[Tokenized],
     backend: Any,
@@ -281,6 +343,7 @@ def reference_logps(
     max_shapes: int = PASS_SHAPES,
     on_progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
+    workers: Workers | None = None,
 ) -> tuple[list[list[np.ndarray]], ReferenceCounts]:
     """Reference log-probs of every row, from the store where it has them.
 
@@ -292,6 +355,7 @@ def reference_logps(
         store: None computes everything and keeps nothing.
         max_shapes: different shapes of micro-batches, each traced once.
         on_progress: called with (rows computed, rows to compute).
+        workers: who share out what is missing in worker 0's store; the others have none. All must ask for the same.
 
     Returns:
         for each row S arrays (n_s,) float32 in nats, and what was computed and reused.
@@ -300,13 +364,14 @@ def reference_logps(
         RunError: a log-prob is not finite, or the store cannot be written.
     """
     keys = [row_keys(row) for row in rows]
-    known = {key: store.get(row) for key, row in zip(keys, rows, strict=True)} if store else {}
-    missing = {key: row for key, row in zip(keys, rows, strict=True) if known.get(key) is None}
-    found = {key: logps for key, logps in known.items() if logps is not None}
+    distinct = dict(zip(keys, rows, strict=True))
+    found = _known(distinct, store, Workers() if workers is None else workers)
+    missing = {key: row for key, row in distinct.items() if key not in found}
     names, todo = list(missing), list(missing.values())
     computing = logps_pass(
         todo, backend, policy,
         reference=True, micro_batch_tokens=micro_batch_tokens, max_shapes=max_shapes, on_progress=on_progress,
+        workers=workers,
     )  # fmt: skip
     written = clock()
     try:

@@ -18,11 +18,13 @@ from mlxpref.assembly import Assembly
 from mlxpref.callbacks import Callbacks, TensorBoard, TrainCallback
 from mlxpref.config import Config
 from mlxpref.config_layers import check_config, flat, read_yaml
-from mlxpref.errors import ConfigError, RunError, raise_all
+from mlxpref.errors import ConfigError, MlxprefError, RunError, raise_all
 from mlxpref.loop import StopSignal, TrainResult
 from mlxpref.objectives import resolve_objective
 from mlxpref.prepare import Prepared
-from mlxpref.runs import CONFIG, open_run
+from mlxpref.runs import CONFIG
+from mlxpref.together import run_folder
+from mlxpref.workers import WorkerEnded, Workers
 
 FREE_ON_RESUME = frozenset(
     {
@@ -50,6 +52,9 @@ def train(
 ) -> TrainResult:
     """Train an adapter, or go on with one.
 
+    Of several workers that a launcher started, each calls this with the same configuration: they share out every
+    batch, worker 0 writes the run folder and tells the listeners, and the others return the same result.
+
     Args:
         config: the resolved configuration; ``output.adapter_path`` is the run folder.
         resume: go on from the run folder's last whole checkpoint (from the start if there is none yet).
@@ -61,21 +66,31 @@ def train(
 
     Raises:
         MlxprefError: its children say what is wrong with configuration, data, model or run folder.
+        WorkerEnded: the same on another worker than 0, which says it.
     """
     config = absolute_paths(config)
     objective = resolve_objective(config.objective)
     machine = backend if backend is not None else backends.get(config.model.backend)
-    listeners = Callbacks([*callbacks, *_reporters(config, machine)])
+    workers: Workers = machine.workers()
+    listeners = Callbacks([*callbacks, *_reporters(config, machine)] if workers.rank == 0 else [])
     try:
-        with open_run(Path(config.output.adapter_path), resume=resume) as run:
-            if resume:
+        with run_folder(Path(config.output.adapter_path), resume=resume, workers=workers) as run:
+            if resume and workers.rank == 0:
                 check_unchanged(config, run.path)
             with machine.set_memory_policy():
-                loop = Assembly(config, objective, machine, run, listeners, now, prepared).loop(resume, clock)
-                with StopSignal(listeners.on_interrupt).listening() as stop:
+                assembly = Assembly(config, objective, machine, run, listeners, now, prepared, workers)
+                loop = assembly.loop(resume, clock)
+                with StopSignal(listeners.on_interrupt, workers).listening() as stop:
                     result = loop.go(stop)
             listeners.on_end(result)
+            workers.finish()
             return result
+    except MlxprefError as error:
+        if workers.tell(str(error)):
+            raise WorkerEnded(str(error)) from error
+        if workers.rank > 0:
+            raise type(error)(f"worker {workers.rank}: {error}") from error
+        raise
     finally:
         listeners.close()
 

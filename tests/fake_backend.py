@@ -21,6 +21,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
+from mlxpref.workers import Workers
 
 VOCABULARY = 512
 calls = {"token_logps": 0, "evaluate": 0, "update": 0, "load_policy": 0}
@@ -226,6 +227,11 @@ def load_adapter(path: str | Path, *, model_path: str | None = None) -> Policy:
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load((folder / "adapters.safetensors").read_bytes())
     return Policy(model_path or config["model"], 0, 1, weights)
+
+
+def workers() -> Workers:
+    """Always a run of one process."""
+    return Workers()
 
 
 def memory() -> dict[str, float]:

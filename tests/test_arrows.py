@@ -19,9 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent / "mlxpref"
 
 VALUES = {"records", "errors"}
 FILED = VALUES | {"files", "locks", "hub"}
+NAMED = {"names", "folders", "workers", "optimizer_options"}
 SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "rewards", "data", "config", "config_layers"}
 LOOP = SPINE | {"runs", "facts", "reference", "momentum", "schedules", "callbacks", "loop", "prepare", "assembly"}
-AFTER = {"adapters", "merging", "tensors"}
+LOOP |= {"workers", "together"}
+AFTER = NAMED | {"adapters", "merging", "tensors", "conversion"}
 RUNS = LOOP | AFTER | {"report", "train", "evaluate", "generate", "parity", "sandbox", "doctor", "columns", "ablate"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -38,21 +40,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": VALUES,
     "data": FILED | {"rewards"},
     "backends": VALUES | {"blas"},
-    "config": FILED | {"data", "objectives"},
+    "config": FILED | {"data", "objectives", "optimizer_options"},
     "config_layers": FILED | {"config", "data", "objectives"},
     "runs": FILED | {"data", "config", "config_layers", "metrics"},
-    "reference": FILED | {"data"},
+    "reference": FILED | {"data", "workers"},
     "report": FILED | {"metrics", "runs", "config"},
-    "mlx_backend": FILED | {"ops", "objectives", "data", "callbacks", "blas"},
-    "torch_backend": FILED | {"ops", "objectives", "data", "callbacks"},
+    "names": VALUES,
+    "optimizer_options": VALUES,
+    "folders": VALUES,
+    "workers": VALUES,
+    "together": FILED | {"config", "config_layers", "data", "runs", "workers"},
+    "mlx_backend": FILED | NAMED | {"ops", "objectives", "data", "callbacks", "blas"},
+    "torch_backend": FILED | NAMED | {"ops", "objectives", "data", "callbacks"},
     "momentum": set(),
     "tensors": VALUES | {"files"},
-    "adapters": FILED | {"facts", "tensors"},
-    "merging": FILED | {"adapters", "facts", "tensors"},
+    "adapters": FILED | {"facts", "folders", "tensors"},
+    "conversion": FILED | {"adapters", "data", "names", "reference", "tensors"},
+    "merging": FILED | {"adapters", "conversion", "facts", "tensors"},
     "callbacks": VALUES | {"loop"},  # loop: the type of its result
     "prepare": SPINE,
     "facts": SPINE | {"prepare", "reference"},
-    "loop": SPINE | {"callbacks", "runs", "schedules"},
+    "loop": SPINE | {"callbacks", "runs", "schedules", "workers"},
     "assembly": LOOP,
     "train": RUNS,
     "evaluate": RUNS,

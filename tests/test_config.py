@@ -109,6 +109,8 @@ def test_a_wrong_source_in_a_list_is_named_by_its_place() -> None:
         (["training.best_metric=loss"], "eval_loss"),
         (["optimizer={name: adam, weight_decay: 0.1}"], "adamw"),
         (["optimizer.options={momentum: 0.9}"], "adamw takes"),
+        (["optimizer.options={betas: [0.9]}"], "optimizer.options: betas is [0.9]: two numbers"),
+        (["optimizer={name: sgd, options: {dampening: 0.5}}"], "dampening damps a momentum, which is 0"),
         (["optimizer.schedule={warmup_steps: 3, warmup_ratio: 0.1}"], "warmup_ratio"),
         (["optimizer.schedule.end=1e-6"], "constant"),
         (["optimizer.schedule={name: cosine, end: 1}"], "above learning_rate"),
@@ -253,11 +255,12 @@ def test_optimizer_options_are_those_mlx_takes() -> None:
     pytest.importorskip("mlx.core", reason="mlx is not installed")
     from mlxpref.mlx_backend.optimizers import make_optimizer
 
-    values = {"betas": [0.9, 0.99], "eps": 1e-8, "ns_steps": 5, "nesterov": False, "bias_correction": True}
+    values = {"betas": [0.9, 0.99], "eps": 1e-8, "ns_steps": 5, "bias_correction": True, "decay_rate": -0.5}
+    beside = {"dampening": {"momentum": 0.9}, "nesterov": {"momentum": 0.9}}
     for name, options in OPTIMIZER_OPTIONS.items():
         for option in options:
             value = [1e-30, 1e-3] if (name, option) == ("adafactor", "eps") else values.get(option, 0.5)
-            make_optimizer(name, 0.0, {option: value})
+            make_optimizer(name, 0.0, {option: option == "nesterov" or value, **beside.get(option, {})})
 
 
 @pytest.mark.parametrize("half", ["chosen", "rejected"])

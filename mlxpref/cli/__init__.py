@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("mlxpref.cli.evaluate", "Measure an adapter, or a model without one, on pairs."),
     "generate": ("mlxpref.cli.generate", "Answer prompts at one or several goals."),
     "merge": ("mlxpref.cli.merge", "Combine adapters into one, or carry one further."),
+    "convert": ("mlxpref.cli.convert", "Carry an adapter over between mlx-lm and PEFT."),
+    "parity": ("mlxpref.cli.parity", "Compare what two backends, or two machines, compute."),
     "objectives": ("mlxpref.cli.objectives", "List objectives, their formulas and options."),
     "probe": ("mlxpref.cli.probe", "Say which way a model's forward pass takes."),
     "doctor": ("mlxpref.cli.doctor", "Check the machine, and a configuration, before a run."),

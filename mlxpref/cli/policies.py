@@ -13,10 +13,12 @@ import click
 
 from mlxpref import backends
 from mlxpref.cli import console
+from mlxpref.conversion import as_mlx_folder
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.relabelled import is_relabelled, read_relabelled
 from mlxpref.data.tokenization import load_tokenizer
 from mlxpref.errors import DataError, UsageError
+from mlxpref.facts import said_device
 from mlxpref.generate import adapter_facts, adapter_recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,6 +100,8 @@ def open_policy(
         raise UsageError("which policy? Give --adapter-path FOLDER, or --model for a model without an adapter")
     if revision is not None and (adapter_path is not None or model is None):
         raise UsageError("--model-revision is for a --model on the hub without an adapter, which names its own")
+    if adapter_path is not None:
+        adapter_path = str(as_mlx_folder(adapter_path, model=model))
     facts = {} if adapter_path is None else adapter_facts(adapter_path)
     recipe = None if adapter_path is None else adapter_recipe(adapter_path)
     if recipe_path is not None:
@@ -109,7 +113,9 @@ def open_policy(
             console.warn(text)
     else:
         policy = room.load_policy(model, revision=revision, dtype=dtype, trainable=False)
-    for text in room.device_info().get("remarks", ()):
+    device = room.device_info()
+    console.note(f"backend: {said_device(device)}")
+    for text in device.get("remarks", ()):
         console.warn(text)
     tokenizer = load_tokenizer(str(policy.path))
     return Opened(room, policy, tokenizer, adapter_path is not None, facts, recipe)
@@ -125,7 +131,7 @@ def recipe_of(path: Path) -> Recipe:
     if is_relabelled(path):
         recipe = read_relabelled(path).recipe
     elif path.is_dir():
-        recipe = adapter_recipe(path)
+        recipe = adapter_recipe(as_mlx_folder(path))
     else:
         recipe = _read_recipe(path)
     if recipe is None:

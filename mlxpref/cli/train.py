@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import click
 
 from mlxpref.assembly import STEPS_PER_EVAL
-from mlxpref.cli import console
+from mlxpref.cli import INTERRUPTED, console
 from mlxpref.cli.sources import SPLIT_HELP, source_option
 from mlxpref.config import Config
 from mlxpref.config_layers import dump_config, load_config, parse_setting, read_yaml
 from mlxpref.errors import UsageError
+from mlxpref.workers import launched_rank
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -154,10 +155,15 @@ def command(
         return
     from mlxpref.cli.display import TrainDisplay
     from mlxpref.train import train
+    from mlxpref.workers import WorkerEnded
 
     try:
         result = train(config, resume=resume, callbacks=[TrainDisplay()])
+    except WorkerEnded as ended:  # worker 0 says it for all
+        raise SystemExit(ended.exit_code) from None
     except KeyboardInterrupt:
+        if launched_rank() > 0:
+            raise SystemExit(INTERRUPTED) from None
         console.note(_after_a_stop(Path(config.output.adapter_path)))
         raise
     if result.interrupted is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from mlxpref import backends
 from mlxpref.columns.folders import Found, read_data, read_folder, with_columns, write_folder
 from mlxpref.columns.making import make_columns
-from mlxpref.columns.measures import Report, Tools, measure_all, plain_tokens, special_tokens
+from mlxpref.columns.measures import Report, Tools, adapter_folder, measure_all, plain_tokens, special_tokens
 from mlxpref.columns.rows import Example, Row, check_alike, check_left, sift, tokenized
 from mlxpref.columns.wanted import SCORES, Base, Wanted
 from mlxpref.data.relabelled import FileFormat, is_relabelled
@@ -143,8 +143,9 @@ def _remarks(found: Found, wanted: Wanted) -> Iterator[str]:
     if of_prompts and found.relabelled is None:
         yield f"{', '.join(of_prompts)}: of prompts without goals; to train with goals relabel first, then add columns"
     for place, what in wanted.measures().items():
-        start = adapter_facts(place.adapter).get("init_from") if place.adapter is not None and "base" in what else None
-        if start:
+        if place.adapter is None or "base" not in what:
+            continue
+        if start := adapter_facts(adapter_folder(place)).get("init_from"):
             yield f"warning: {place.adapter} was trained against adapter {start}; it is measured against the base"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlxpref.columns.rows import Row
 from mlxpref.columns.wanted import Base, Place
+from mlxpref.conversion import as_mlx_folder
 from mlxpref.data.batching import collate
 from mlxpref.data.plan import plan_pass
 from mlxpref.data.render import turn_end
@@ -109,11 +110,16 @@ def _measure(place: Place, wanted: Collection[str], rows: Sequence[Row], tools: 
     return found
 
 
+def adapter_folder(place: Place) -> Path:
+    """Where the adapter of a place lies in mlx-lm's form."""
+    return as_mlx_folder(str(place.adapter), model=place.model)
+
+
 def _load(place: Place, tools: Tools) -> Any:
     tools.say(f"loading {place.name}")
     if place.adapter is None:
         return tools.backend.load_policy(str(place.model), revision=place.revision, dtype=tools.dtype, trainable=False)
-    policy = tools.backend.load_adapter(place.adapter, model_path=place.model, dtype=tools.dtype)
+    policy = tools.backend.load_adapter(adapter_folder(place), model_path=place.model, dtype=tools.dtype)
     for text in policy.notes:
         tools.say(f"warning: {text}")
     return policy

@@ -72,6 +72,7 @@ def collate_step(
     return Batch(
         parts=tuple(collate(rows, part, reference, columns) for part in parts),
         rows=tuple(part.rows for part in parts),
+        workers=tuple(part.worker for part in parts) if any(part.worker for part in parts) else (),
     )
 
 

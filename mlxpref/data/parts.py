@@ -24,10 +24,11 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """One micro-batch to be: the indices of its examples in the tokenized data, and its shape."""
+    """One micro-batch to be: the indices of its examples in the tokenized data, its shape, and whose it is."""
 
     rows: tuple[int, ...]
     shape: Shape
+    worker: int = 0
 
 
 class Splitter:
@@ -67,6 +68,27 @@ class Splitter:
             way = min(ways, key=lambda way: way.cost[start])
             parts[batch_of[start]] += [PlannedPart(part, self.shape(part)) for part in way.parts(start)]
         return parts
+
+    def share_out(self, batch: Sequence[int], n_workers: int) -> list[list[int]]:
+        """A batch's examples as one share for each worker, so that all finish together: the longest first, each to
+        the worker that has the least so far. Shares differ by no more than the longest example."""
+        if n_workers == 1:
+            return [list(batch)]
+        shares: list[list[int]] = [[] for _ in range(n_workers)]
+        loads = [0] * n_workers
+        costs = self.costs(batch)
+        for at in sorted(range(len(batch)), key=lambda at: (-costs[at], at)):
+            worker = loads.index(min(loads))
+            shares[worker].append(batch[at])
+            loads[worker] += costs[at]
+        return shares
+
+    def costs(self, rows: Sequence[int]) -> list[int]:
+        """Token positions of each example, without padding."""
+        chosen = list(rows)
+        prompts, responses = self.prompts[chosen], self.lengths[chosen].sum(1)
+        times = 1 if self.share_prompts else self.responses[chosen]
+        return (prompts * times + responses).tolist()
 
     def shape(self, rows: Sequence[int]) -> Shape:
         """The smallest shape on the ladder that holds these examples, all of one S."""

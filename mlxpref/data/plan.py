@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxpref.data.order import epoch_order
 from mlxpref.data.parts import PlannedPart, Splitter
@@ -51,6 +51,7 @@ def plan_steps(
     keep_together: bool = True,
     seed: int = 0,
     max_shapes: int = 64,
+    n_workers: int = 1,
 ) -> Plan:
     """Plan a training run; a function of its arguments only.
 
@@ -64,12 +65,15 @@ def plan_steps(
         share_prompts: compute each prompt once for all its responses.
         shuffle, keep_together, seed: see ``order.epoch_order``.
         max_shapes: different shapes of micro-batches at most.
+        n_workers: workers that share out each batch; which examples a batch holds does not depend on it.
 
     Raises:
         ConfigError: both ``iters`` and ``epochs``, or a size below 1.
         DataError: no rows, or lists of more different lengths K than ``max_shapes``.
     """
-    _check_sizes(batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, max_shapes=max_shapes)
+    _check_sizes(
+        batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, max_shapes=max_shapes, n_workers=n_workers
+    )
     if iters is not None and epochs is not None:
         raise ConfigError(f"iters ({iters}) and epochs ({epochs}) are both given; give one")
     if not rows:
@@ -82,7 +86,8 @@ def plan_steps(
         )
 
     batches = _batches(one_epoch, iters, 1.0 if epochs is None else epochs)
-    return _plan(rows, batches, min(batch_size, len(rows)), micro_batch_tokens, share_prompts, max_shapes)
+    limit = min(batch_size, len(rows))
+    return _plan(rows, batches, limit, micro_batch_tokens, share_prompts, max_shapes, n_workers)
 
 
 def plan_pass(
@@ -143,14 +148,32 @@ def _plan(
     budget: int,
     share_prompts: bool,
     max_shapes: int,
+    n_workers: int = 1,
 ) -> Plan:
     # An eighth of the budget is left to merging, which pads micro-batches further.
     splitter = Splitter(rows, share_prompts=share_prompts, budget=budget * 7 // 8)
-    parts = _split_all(splitter, batches, limit, max_shapes) if batches else []
+    parts = _split_shares(splitter, batches, limit, max_shapes, n_workers) if batches else []
     needs = [part.shape for step in parts for part in step]
     merged = iter(merge_shapes(needs, max_shapes=max_shapes, max_slots=budget))
-    steps = tuple(tuple(PlannedPart(part.rows, next(merged)) for part in step) for step in parts)
+    steps = tuple(tuple(replace(part, shape=next(merged)) for part in step) for step in parts)
     return _summary(rows, splitter, steps)
+
+
+def _split_shares(
+    splitter: Splitter, batches: list[list[int]], limit: int, max_shapes: int, n_workers: int
+) -> list[list[PlannedPart]]:
+    """Parts of every batch, each worker's own; of a batch smaller than the group some workers have none."""
+    shares = [splitter.share_out(batch, n_workers) for batch in batches]
+    split = iter(_split_all(splitter, [share for of_batch in shares for share in of_batch if share], limit, max_shapes))
+    return [
+        [
+            replace(part, worker=worker)
+            for worker, share in enumerate(of_batch)
+            if share
+            for part in next(split)
+        ]
+        for of_batch in shares
+    ]
 
 
 def _split_all(splitter: Splitter, batches: list[list[int]], limit: int, max_shapes: int) -> list[list[PlannedPart]]:

@@ -15,6 +15,7 @@ from mlxpref.mlx_backend.policy import Policy, load_policy  # noqa: E402 - after
 from mlxpref.mlx_backend.probe import examine  # noqa: E402 - after the BLAS
 from mlxpref.mlx_backend.reading import hidden_sums, token_logps  # noqa: E402 - after the BLAS
 from mlxpref.mlx_backend.step import Step, make_step  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.workers import workers  # noqa: E402 - after the BLAS
 
 __all__ = [
     "Policy",
@@ -30,4 +31,5 @@ __all__ = [
     "save_adapter",
     "set_memory_policy",
     "token_logps",
+    "workers",
 ]

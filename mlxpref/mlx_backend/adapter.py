@@ -73,13 +73,14 @@ def load_adapter(path: str | Path, *, model_path: str | None = None, dtype: str 
         ModelError: the base model cannot be loaded.
     """
     folder = Path(path)
-    base, revision, trained_on = read_base(folder, model_path)
+    base = read_base(folder, model_path)
     kind, num_layers, lora = read_settings(folder)
     policy = load_policy(
-        base, revision=revision, dtype=dtype, fine_tune_type=kind, num_layers=num_layers, lora_parameters=lora
-    )
+        base.path, revision=base.revision, dtype=dtype, load_in_4bit=base.load_in_4bit,
+        fine_tune_type=kind, num_layers=num_layers, lora_parameters=lora,
+    )  # fmt: skip
     load_weights(policy, folder)
-    check_base(folder, policy, trained_on, chosen=model_path is not None)
+    check_base(folder, policy, base.fingerprint, chosen=model_path is not None)
     policy.masters = {}  # nothing trains: the model holds the adapter as it is on disk
     policy.model.eval()
     return policy

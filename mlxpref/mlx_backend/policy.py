@@ -173,6 +173,8 @@ def load_policy(
     lora_parameters: Mapping[str, Any] | None = None,
     init_from: str | None = None,
     grad_checkpoint: bool = False,
+    load_in_4bit: bool = False,
+    fsdp: bool = False,
     seed: int = 0,
     trainable: bool = True,
 ) -> Policy:
@@ -188,6 +190,8 @@ def load_policy(
         lora_parameters: ``rank``, ``scale`` or ``alpha`` (scale = alpha / rank), ``dropout``, ``keys``.
         init_from: adapter folder to start from; the reference is then that adapter.
         grad_checkpoint: recompute layers in the backward pass.
+        load_in_4bit: quantise the weights while loading, as `mlx_lm.convert -q` does.
+        fsdp: not on MLX.
         seed: of the adapter's first weights.
         trainable: False loads the base alone, everything frozen.
 
@@ -198,10 +202,14 @@ def load_policy(
     """
     from mlxpref.mlx_backend import adapter, probe  # both build on policies
 
+    if fsdp:
+        raise ConfigError("training.fsdp shards a model by PyTorch: take model.backend: torch, or leave it out")
     compiler.prepare()
     folder = model_folder(path, revision=revision)
     model, config = _load(folder)
     _cast(model, dtype)
+    if load_in_4bit:
+        _quantise(model, folder)
     tokenizer = _tokenizer(folder, config)
     mx.random.seed(seed)
     model.freeze()
@@ -210,11 +218,12 @@ def load_policy(
     else:
         lora = resolve_lora(lora_parameters)
     base = base_hash(folder, config)
+    said = dtype_name(model) + (" 4bit" if load_in_4bit else "")
     network = Network(model, vocabulary=vocabulary_size(config))
     policy = Policy(
         model, tokenizer, network, folder, str(folder.resolve()) if Path(path).exists() else path,
         config, fine_tune_type, num_layers, lora,
-        base_fingerprint=base, fingerprint=reference_hash(base, dtype_name(model), init_from),
+        base_fingerprint=base, fingerprint=reference_hash(base, said, init_from),
     )  # fmt: skip
     if trainable:
         _choose_trainable(policy)
@@ -285,6 +294,20 @@ def _cast(model: nn.Module, dtype: str | None) -> None:
             model.parameters(),
         )
     )
+    mx.eval(model.parameters())
+
+
+def _quantise(model: nn.Module, folder: Path) -> None:
+    """4 bits a weight in groups of 64, every module whose width allows it. ModelError if it is quantised already."""
+    if any("scales" in module for _, module in model.named_modules()):
+        raise ModelError(f"{folder}: is quantised already; leave model.load_in_4bit out")
+    keep = getattr(model, "quant_predicate", None)
+
+    def chosen(name: str, module: nn.Module) -> Any:
+        fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
+        return fits and (keep is None or keep(name, module))
+
+    nn.quantize(model, group_size=64, bits=4, class_predicate=chosen)
     mx.eval(model.parameters())
 
 

@@ -26,6 +26,7 @@ from mlxpref.mlx_backend.policy import Policy
 from mlxpref.objectives import Objective
 from mlxpref.objectives.registry import FROM_MODEL
 from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
+from mlxpref.workers import Workers
 
 STATE = "step_state.safetensors"
 
@@ -35,6 +36,14 @@ class _Part(NamedTuple):
 
     losses: mx.array
     tokens: mx.array
+
+
+class _Sums(NamedTuple):
+    """What is reported of one micro-batch: losses (B,), log-probs (B, S) of policy and reference, or None."""
+
+    losses: mx.array
+    policy: mx.array
+    reference: mx.array | None
 
 
 Values = dict[str, mx.array]
@@ -61,6 +70,7 @@ class Step:
         policy: whose trainable parameters move.
         state: of the objective, by formula.
         moving: the reference, where it follows the policy; else None.
+        workers: who share out each batch; the gradients and figures of all are one sum.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class Step:
         *,
         n_groups: int = 1,
         moving: MovingReference | None = None,
+        workers: Workers | None = None,
     ):
         self.policy = policy
         self.objective = objective
@@ -82,6 +93,7 @@ class Step:
         self.random = mx.random.key(seed)
         self.state = tree_map(_as_float, objective.initial_state(n_groups))
         self.moving = moving
+        self.workers = Workers() if workers is None else workers
         self._statistics = objective.needs & FROM_MODEL
         self._step_peak = 0.0
         state = mx.random.state
@@ -173,65 +185,106 @@ class Step:
             What it did; ``skipped`` when a loss or gradient was not finite and nothing was changed.
         """
         policy = self.policy
-        batch, gradients, parts, state = self._differentiated(batch)
-        rate, loss = mx.array(learning_rate, mx.float32), sum(part.losses.sum() for part in parts)
+        batch, gradients, found, state = self._differentiated(batch)
+        rate, loss = mx.array(learning_rate, mx.float32), sum(part.losses.sum() for part in found)
         masters, moments, norm, finite = self._update(policy.masters, self.optimizer.state, gradients, rate, loss)
         policy.set_masters(masters)
         self.optimizer.state = moments
         self.state = tree_map(lambda new, old: mx.where(finite, new, old), state, self.state)
-        mx.eval(policy.masters, policy.trainable(), moments, self.state, self.random, norm, finite, parts)
+        mx.eval(policy.masters, policy.trainable(), moments, self.state, self.random, norm, finite, found)
         done = bool(finite.item())
         if self.moving is not None and done:
             self.moving.follow()
         self._tidy()
-        return _report(batch, parts, float(norm.item()), not done)
+        return _report(batch, found, float(norm.item()), not done)
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """Gradients of the batch's mean loss by parameter, float32, before clipping; no weight or moment moves."""
         _, gradients, _, _ = self._differentiated(batch)
         return {name: np.array(value) for name, value in gradients.items()}
 
-    def _differentiated(self, batch: Batch) -> tuple[Batch, dict[str, mx.array], list[_Part], Any]:
-        """The batch completed, gradients of its mean loss, what its parts gave, and the objective's next state."""
+    def _differentiated(self, batch: Batch) -> tuple[Batch, dict[str, mx.array], list[_Sums], Any]:
+        """The batch completed, gradients of its mean loss, figures of its parts, and the objective's next state.
+
+        Of several workers each computes its own parts, and all have the same when it returns. Nothing has changed
+        when it raises WorkerLost.
+        """
         self._train_mode(True)
-        self.random, key = mx.random.split(self.random)
+        random, key = mx.random.split(self.random)
         keys = [mx.random.split(key, index + 2)[-1] for index in range(len(batch.parts))]
-        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
+        mine = self._mine(batch)
+        batch = self._completed(batch, mine)
         arrays = [to_mlx(part) for part in batch.parts]
         if self.objective.coupled:
-            return batch, *self._coupled(arrays, keys)
-        gradients, parts = self._one_by_one(arrays, keys)
-        return batch, gradients, parts, self.state
+            arrays, gradients, found, state = self._coupled(arrays, keys, mine)
+            [gradients] = self._added([gradients])
+        else:
+            gradients, own = self._one_by_one(arrays, keys, mine)
+            blank = [_blank_sums(part, self._compares(arrays)) for part in arrays]
+            parts = [_sums(own[i], arrays[i]) if i in own else blank[i] for i in range(len(arrays))]
+            gradients, *found = self._added([gradients, *parts])
+            state = self.state
+        self.random = random
+        return batch, gradients, found, state
+
+    def _mine(self, batch: Batch) -> list[int]:
+        """The parts that this worker computes."""
+        alone = self.workers.size == 1
+        owners = batch.workers or [0] * len(batch.parts)
+        return [index for index, owner in enumerate(owners) if alone or owner == self.workers.rank]
+
+    def _compares(self, arrays: Sequence[MicroBatch]) -> bool:
+        """Whether there is a reference."""
+        return self.moving is not None or arrays[0].reference is not None
+
+    def _added(self, trees: list[Any]) -> list[Any]:
+        """Trees of float32 arrays added up over all workers, by one sum, which also carries the wish to stop."""
+        workers = self.workers
+        if workers.size == 1:
+            return trees
+        leaves = [leaf for _, leaf in tree_flatten(trees) if leaf is not None]
+        flag = mx.array([float(workers.wants_stop)], mx.float32)
+        total = workers.sum(mx.concatenate([*(leaf.reshape(-1).astype(mx.float32) for leaf in leaves), flag]))
+        workers.stopping = workers.stopping or float(total[-1].item()) > 0
+        cuts = np.cumsum([leaf.size for leaf in leaves]).tolist()
+        shapes = (leaf.shape for leaf in leaves)
+        pieces = (piece.reshape(shape) for piece, shape in zip(mx.split(total, cuts), shapes, strict=False))
+        return tree_map(lambda leaf: None if leaf is None else next(pieces), trees)
 
     def _one_by_one(
-        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array]
-    ) -> tuple[dict[str, mx.array], list[_Part]]:
-        """Gradients of the mean loss, each micro-batch for itself."""
+        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+    ) -> tuple[dict[str, mx.array], dict[int, _Part]]:
+        """Gradients of the mean loss from these micro-batches, each for itself; a part by its index."""
         total = _weight(arrays)
-        gradients, parts = None, []
-        for index, micro_batch in enumerate(arrays):
+        gradients, parts = None, {}
+        for index in mine:
             _seed(keys[index])
-            found, part = self._gradients(self.policy.masters, micro_batch, total)
+            found, part = self._gradients(self.policy.masters, arrays[index], total)
             gradients = found if gradients is None else self._add(gradients, found)
-            parts.append(part)
-            if index + 1 < len(arrays):
+            parts[index] = part
+            if index != mine[-1]:
                 mx.eval(gradients, part)  # one micro-batch's activations at a time
-        assert gradients is not None
-        return gradients, parts
+        return self._whole(gradients), parts
+
+    def _whole(self, gradients: dict[str, mx.array] | None) -> dict[str, mx.array]:
+        """In the parameters' order; of a worker that has no part of a small batch: nothing to add."""
+        masters = self.policy.masters
+        return {name: mx.zeros_like(value) if gradients is None else gradients[name] for name, value in masters.items()}
 
     def _coupled(
-        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array]
-    ) -> tuple[dict[str, mx.array], list[_Part], Any]:
+        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+    ) -> tuple[list[MicroBatch], dict[str, mx.array], list[_Sums], Any]:
         """The same of losses that depend on the whole batch, and the objective's next state.
 
         All log-probs first; then the objective on all of them, whose slopes towards each token go back
         through the model, micro-batch after micro-batch, with the dropout of the first pass.
         """
-        values = []
-        for key, micro_batch in zip(keys, arrays, strict=True):
-            _seed(key)
-            values.append(self._values(self.policy.masters, micro_batch))
-            mx.eval(values[-1])
+        own = {}
+        for index in mine:
+            _seed(keys[index])
+            own[index] = self._values(self.policy.masters, arrays[index])
+            mx.eval(own[index])
+        arrays, values = self._gathered(arrays, own)
         total = _weight(arrays)
 
         def objective(values: list[Values]) -> tuple[mx.array, Any]:
@@ -241,13 +294,27 @@ class Step:
 
         (_, (losses, state)), slopes = mx.value_and_grad(objective)(values)
         gradients = None
-        for key, micro_batch, slope in zip(keys, arrays, slopes, strict=True):
-            _seed(key)
-            found = self._pull(self.policy.masters, micro_batch, slope)
+        for index in mine:
+            _seed(keys[index])
+            found = self._pull(self.policy.masters, arrays[index], slopes[index])
             gradients = found if gradients is None else self._add(gradients, found)
             mx.eval(gradients)
-        assert gradients is not None
-        return gradients, [_Part(one, value["tokens"]) for one, value in zip(losses, values, strict=True)], state
+        return arrays, self._whole(gradients), _all_sums(losses, values, arrays), state
+
+    def _gathered(
+        self, arrays: Sequence[MicroBatch], own: Mapping[int, Values]
+    ) -> tuple[list[MicroBatch], list[Values]]:
+        """All micro-batches with the values of each token, and a moving reference's, of whichever worker's they are."""
+        names = ("tokens", *sorted(self._statistics))
+        values = [
+            {name: own[index][name] if index in own else mx.zeros(part.mask.shape) for name in names}
+            for index, part in enumerate(arrays)
+        ]
+        if self.moving is None:
+            return list(arrays), self._added(values)
+        known = [mx.zeros(part.mask.shape) if part.reference is None else part.reference for part in arrays]
+        *values, known = self._added([*values, known])
+        return [part._replace(reference=one) for part, one in zip(arrays, known, strict=True)], values
 
     def _apply(self, values: Sequence[Values], arrays: Sequence[MicroBatch]) -> tuple[list[mx.array], Any]:
         given = [columns(value, part) for value, part in zip(values, arrays, strict=True)]
@@ -256,17 +323,25 @@ class Step:
     def evaluate(self, batch: Batch) -> StepReport:
         """Losses and log-probs of a batch under the current weights, dropout off; nothing moves."""
         self._train_mode(False)
-        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
-        arrays, values = [to_mlx(part) for part in batch.parts], []
-        for micro_batch in arrays:
-            values.append(self._losses(self.policy.masters, micro_batch))
-            mx.eval(values[-1])
+        mine = self._mine(batch)
+        batch = self._completed(batch, mine)
+        arrays, own = [to_mlx(part) for part in batch.parts], {}
+        for index in mine:
+            own[index] = self._losses(self.policy.masters, arrays[index])
+            mx.eval(own[index])
+        arrays, values = self._gathered(arrays, own)
         losses, _ = self._apply(values, arrays)
-        parts = [_Part(one, value["tokens"]) for one, value in zip(losses, values, strict=True)]
-        return _report(batch, parts, 0.0, False)
+        return _report(batch, _all_sums(losses, values, arrays), 0.0, False)
 
-    def _completed(self, part: MicroBatch) -> MicroBatch:
-        """With what is the reference's and cannot be known beforehand: a moving one's log-probs, hidden rows."""
+    def _completed(self, batch: Batch, mine: Sequence[int]) -> Batch:
+        """With what is the reference's and cannot be known beforehand, in this worker's parts: a moving one's
+        log-probs, hidden rows."""
+        parts = list(batch.parts)
+        for index in mine:
+            parts[index] = self._with_reference(parts[index])
+        return batch._replace(parts=tuple(parts))
+
+    def _with_reference(self, part: MicroBatch) -> MicroBatch:
         if self.moving is not None:
             part = part._replace(reference=reading.token_logps(self.policy, part, reference=True).tokens)
         if "token_kl" in self._statistics:
@@ -340,30 +415,40 @@ def _seed(key: mx.array) -> None:
     mx.random.state[0][:] = key
 
 
-def _report(batch: Batch, parts: list[_Part], norm: float, skipped: bool) -> StepReport:
-    losses = np.concatenate([np.array(part.losses) for part in parts])
+def _report(batch: Batch, found: Sequence[_Sums], norm: float, skipped: bool) -> StepReport:
+    losses = np.concatenate([np.array(part.losses) for part in found])
     weights = np.concatenate([np.asarray(part.weights) for part in batch.parts])
+    references = [np.array(part.reference) for part in found if part.reference is not None]
     return StepReport(
         loss=float((losses * weights).sum() / max(weights.sum(), 1e-12)),
         losses=losses,
-        policy_sums=_sums([part.tokens for part in parts], batch),
-        reference_sums=None
-        if batch.parts[0].reference is None
-        else _sums([mx.array(part.reference) for part in batch.parts], batch),
+        policy_sums=stack_lists([np.array(part.policy) for part in found], np.nan),
+        reference_sums=stack_lists(references, np.nan) if references else None,
         lengths=stack_lists([np.asarray(part.mask).sum(-1) for part in batch.parts], 0.0),
         grad_norm=norm,
         skipped=skipped,
     )
 
 
-def _sums(tokens: list[mx.array], batch: Batch) -> np.ndarray:
-    """(B, K) sums of policy or reference, by one kernel, so that equal tokens give equal sums.
+def _sums(part: _Part, batch: MicroBatch) -> _Sums:
+    """Sums (B, S) of policy and reference, by one kernel, so that equal tokens give equal sums.
 
     Summed here and not in the compiled step: a sum that the objective forms as well, returned beside
     the losses, breaks the fused graph ("_Map_base::at", MLX 0.32.4).
     """
-    pairs = zip(tokens, batch.parts, strict=True)
-    return stack_lists([np.array(Logps(found, mx.array(part.mask)).sums) for found, part in pairs], np.nan)
+    known = None if batch.reference is None else Logps(batch.reference, batch.mask).sums
+    return _Sums(part.losses, Logps(part.tokens, batch.mask).sums, known)
+
+
+def _all_sums(losses: Sequence[mx.array], values: Sequence[Values], arrays: Sequence[MicroBatch]) -> list[_Sums]:
+    given = zip(losses, values, arrays, strict=True)
+    return [_sums(_Part(one, value["tokens"]), part) for one, value, part in given]
+
+
+def _blank_sums(batch: MicroBatch, compares: bool) -> _Sums:
+    """Another worker's part, before the sum."""
+    n, slots, _ = batch.mask.shape
+    return _Sums(mx.zeros(n), mx.zeros((n, slots)), mx.zeros((n, slots)) if compares else None)
 
 
 def make_step(
@@ -377,6 +462,7 @@ def make_step(
     seed: int = 0,
     n_groups: int = 1,
     reference_update: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> Step:
     """The compiled update of a policy under an objective.
 
@@ -389,6 +475,7 @@ def make_step(
         n_groups: different values of the column ``groups``.
         reference_update: ``kind`` "soft" or "hard", ``alpha`` and ``every``: the reference follows the policy
             (see ``MovingReference``); its log-probs are computed in every step then. None: it stays.
+        workers: the processes that share out each batch; every one of them makes the same step.
 
     Raises:
         ConfigError: of ``make_optimizer``; or an objective that compares whole distributions, with a head that
@@ -401,4 +488,4 @@ def make_step(
         )
     chosen = make_optimizer(optimizer, weight_decay, optimizer_options)
     moving = None if reference_update is None else MovingReference(policy, **reference_update)
-    return Step(policy, objective, chosen, max_grad_norm, seed, n_groups=n_groups, moving=moving)
+    return Step(policy, objective, chosen, max_grad_norm, seed, n_groups=n_groups, moving=moving, workers=workers)

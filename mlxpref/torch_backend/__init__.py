@@ -12,6 +12,7 @@ from mlxpref.torch_backend.memory import device_info, memory, set_memory_policy
 from mlxpref.torch_backend.policy import Policy, load_policy
 from mlxpref.torch_backend.reading import hidden_sums, token_logps
 from mlxpref.torch_backend.step import Step, make_step
+from mlxpref.torch_backend.workers import workers
 
 __all__ = [
     "Policy",
@@ -26,4 +27,5 @@ __all__ = [
     "save_adapter",
     "set_memory_policy",
     "token_logps",
+    "workers",
 ]

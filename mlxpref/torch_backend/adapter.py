@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,8 +25,13 @@ def save_adapter(policy: Policy, folder: Path, *, extra: Mapping[str, Any]) -> N
     Args:
         folder: made if missing.
         extra: JSON-safe facts kept under the key ``mlxpref`` (objective, conditioning recipe, …).
+
+    Weights that are shared out over the workers are brought together: all workers call this then, the first writes.
     """
-    write_safetensors(folder / WEIGHTS, policy.to_save(), {"format": "mlx"})
+    weights = policy.to_save()
+    if policy.sharded and dist.get_rank() > 0:
+        return
+    write_safetensors(folder / WEIGHTS, weights, {"format": "mlx"})
     write_text(folder / CONFIG, adapter_config(policy, extra))
 
 
@@ -44,10 +50,10 @@ def load_weights(policy: Policy, folder: Path) -> None:
         AdapterError: every tensor that is missing, unexpected or of another shape, in one message.
     """
     weights = read_safetensors(folder / WEIGHTS)
-    ours = {name: slot.value.shape for name, slot in policy.slots.items()}
+    ours = {name: slot.shape for name, slot in policy.slots.items()}
     check_tensors({name: value.shape for name, value in weights.items()}, ours, folder, policy.path)
     for name, value in weights.items():
-        policy.slots[name].value.copy_(value)
+        policy.slots[name].value.copy_(policy.slots[name].sliced(value))
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -72,13 +78,14 @@ def load_adapter(path: str | Path, *, model_path: str | None = None, dtype: str 
         ModelError: the base model cannot be loaded.
     """
     folder = Path(path)
-    base, revision, trained_on = read_base(folder, model_path)
+    base = read_base(folder, model_path)
     kind, num_layers, lora = read_settings(folder)
     policy = load_policy(
-        base, revision=revision, dtype=dtype, fine_tune_type=kind, num_layers=num_layers, lora_parameters=lora
-    )
+        base.path, revision=base.revision, dtype=dtype, load_in_4bit=base.load_in_4bit,
+        fine_tune_type=kind, num_layers=num_layers, lora_parameters=lora,
+    )  # fmt: skip
     load_weights(policy, folder)
-    check_base(folder, policy, trained_on, chosen=model_path is not None)
+    check_base(folder, policy, base.fingerprint, chosen=model_path is not None)
     policy.masters = {}
     policy.model.requires_grad_(False)
     return policy

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -55,9 +56,7 @@ class Adapted:
         delta = product.T if embeds else product
         if "default" not in layer.lora_magnitude_vector:
             return delta
-        base = layer.get_base_layer()
-        held = dequantize_module_weight(base).detach().float()
-        weight = held.T if isinstance(base, Conv1D) else held
+        weight = _base_weight(layer)
         whole = weight + delta
         return (layer.lora_magnitude_vector["default"].weight.detach() / whole.norm(dim=1))[:, None] * whole - weight
 
@@ -71,10 +70,10 @@ class Adapted:
             finally:
                 self.module.shift = None
             return
-        embeds = _embeds(self.module)
+        embeds, scale = _embeds(self.module), getattr(self.module.get_base_layer(), "embed_scale", 1.0)
 
         def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            more = shift[given[0]] if embeds else given[0].float() @ shift.T
+            more = shift[given[0]] * scale if embeds else given[0].float() @ shift.T
             return out + more.to(out.dtype)
 
         hook = self.module.register_forward_hook(add)
@@ -144,24 +143,17 @@ def adapt(
     """Add an adapter to the given layers.
 
     Args:
-        lora: mlx-lm's ``lora_parameters``, resolved; ``keys`` are paths within a layer of mlx-lm's model.
+        lora: mlx-lm's ``lora_parameters``, resolved; ``keys`` are paths within a layer of mlx-lm's model, or
+            whole paths, for what is outside the layers (``lm_head``).
 
     Raises:
-        ConfigError: keys that match nothing, or DoRA or dropout where only a parameter can be adapted.
+        ConfigError: keys that match nothing, or what cannot be adapted here as mlx-lm adapts it.
     """
-    known = dict(_candidates(model, model_type, prefix))
-    keys = lora.get("keys")
-    chosen = {name: one for name, one in known.items() if _layer_of(name) in layers and _wanted(name, keys)}
-    if not chosen:
-        there = ", ".join(sorted({_within(name) for name in known}))
-        raise ConfigError(f"lora keys {keys} match no module of a layer; known: {there}")
+    known = dict(_candidates(model, model_type))
+    chosen = _chosen(known, lora.get("keys"), names.to_mlx(prefix, model_type), layers)
     modules = {name: at for name, at in chosen.items() if isinstance(at, str)}
     stacks = {name: at for name, at in chosen.items() if not isinstance(at, str)}
-    if stacks and (dora or lora["dropout"]):
-        raise ConfigError(
-            f"{'DoRA' if dora else 'lora_parameters.dropout'} does not reach {next(iter(stacks))}, which is a bare "
-            "parameter in transformers; leave it out of lora_parameters.keys, or take plain LoRA without dropout"
-        )
+    _check_possible(model, modules, stacks, lora, dora)
     slots, adapted = _with_peft(model, modules, lora, dora)
     for name in list(stacks):
         if name not in stacks:
@@ -174,11 +166,13 @@ def adapt(
     return slots, adapted
 
 
-def _candidates(model: nn.Module, model_type: str, prefix: str) -> Iterator[tuple[str, str | tuple[str, str, int]]]:
+def _candidates(model: nn.Module, model_type: str) -> Iterator[tuple[str, str | tuple[str, str, int]]]:
     """mlx-lm's module → module here; or (module, parameter, piece) where only a parameter is here."""
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
     for name, module in model.named_modules():
-        if not name.startswith(prefix):
-            continue
+        if module is head and tied:
+            continue  # mlx-lm has no such module then
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             yield names.to_mlx(name, model_type), name
             continue
@@ -186,23 +180,61 @@ def _candidates(model: nn.Module, model_type: str, prefix: str) -> Iterator[tupl
             if key in PIECES and parameter.ndim == 3:
                 for index, (piece, _, _) in enumerate(expert_pieces(parameter, key)):
                     yield f"{expert_name(name, model_type)}.{piece}", (name, key, index)
-            elif key == "weight" and parameter.ndim == 2:
+            elif key == "weight" and parameter.ndim == 2 and "Router" in type(module).__name__:
                 yield names.to_mlx(name, model_type), (name, key, 0)
 
 
-def _within(name: str) -> str:
-    """The path of a module within its layer."""
-    parts = name.split(".")
-    at = next(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[at + 1 :])
+def _chosen(
+    known: Mapping[str, Any], keys: Sequence[str] | None, prefix: str, layers: Sequence[int]
+) -> dict[str, Any]:
+    """What of the known modules is to be adapted: by their paths within these layers, or by their whole paths."""
+    places = {name: _place(name, prefix) for name in known}
+    everywhere = {place[1] for place in places.values() if place is not None}
+    wanted = everywhere if keys is None else set(keys)
+    if nothing := sorted(wanted - everywhere - set(known)):
+        outside = [name for name, place in places.items() if place is None]
+        there = ", ".join([*sorted(everywhere), *outside])
+        raise ConfigError(f"lora keys {', '.join(nothing)} match no module of a layer; known: {there}")
+    chosen = {
+        name: one
+        for name, one in known.items()
+        if name in wanted or ((place := places[name]) is not None and place[0] in layers and place[1] in wanted)
+    }
+    if not chosen:
+        raise ConfigError(f"lora keys {keys} match no module of the last {len(layers)} layers")
+    return chosen
 
 
-def _layer_of(name: str) -> int:
-    return int(next(part for part in name.split(".") if part.isdigit()))
+def _place(name: str, prefix: str) -> tuple[int, str] | None:
+    """Number of the layer a module is in, and its path there; None outside the layers."""
+    number, _, within = name.removeprefix(prefix).partition(".")
+    return (int(number), within) if name.startswith(prefix) and number.isdigit() and within else None
 
 
-def _wanted(name: str, keys: Sequence[str] | None) -> bool:
-    return keys is None or _within(name) in keys
+def _check_possible(
+    model: nn.Module, modules: Mapping[str, str], stacks: Mapping[str, Any], lora: Mapping[str, Any], dora: bool
+) -> None:
+    """ConfigError for what mlx-lm does and peft would do otherwise, or not at all."""
+    if stacks and (dora or lora["dropout"]):
+        raise ConfigError(
+            f"{'DoRA' if dora else 'lora_parameters.dropout'} does not reach {next(iter(stacks))}, which is a bare "
+            "parameter in transformers; leave it out of lora_parameters.keys, or take plain LoRA without dropout"
+        )
+    head = model.get_output_embeddings()
+    for name, at in modules.items():
+        module = model.get_submodule(at)
+        if not isinstance(module, nn.Embedding):
+            continue
+        if head is not None and head.weight is module.weight:
+            raise ConfigError(
+                f"{name} is the head too, which peft's adapter of it would not reach; leave it out of "
+                "lora_parameters.keys, or train on MLX"
+            )
+        if dora or lora["dropout"]:
+            raise ConfigError(
+                f"{'DoRA' if dora else 'lora_parameters.dropout'} is another thing for embeddings in peft than in "
+                f"mlx-lm; leave {name} out of lora_parameters.keys, or train on MLX"
+            )
 
 
 # --- peft's layers ---
@@ -221,12 +253,17 @@ def _with_peft(
         use_dora=dora,
         fan_in_fan_out=any(isinstance(model.get_submodule(at), Conv1D) for at in modules.values()),
     )
-    inject_adapter_in_model(config, model)
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:  # modules whose weights a model reads past the module, in Mamba
+        raise ConfigError(f"peft cannot adapt all of {', '.join(sorted(set(map(_last, modules))))}: {error}") from error
     slots, adapted = [], []
     for name, at in modules.items():
         layer = model.get_submodule(at)
         assert isinstance(layer, BaseTunerLayer)
         layer.scaling["default"] = lora["scale"]  # not alpha / rank, which may round
+        if dora:
+            layer.lora_variant["default"] = _Dora
         slots += _slots_of(name, layer)
         adapted.append(Adapted(name, layer))
     return slots, adapted
@@ -240,8 +277,37 @@ def _slots_of(name: str, layer: Any) -> Iterator[Slot]:
     yield Slot(f"{name}.lora_b", b, transposed)
     if "default" in layer.lora_magnitude_vector:
         magnitude = layer.lora_magnitude_vector["default"].weight
-        magnitude.data = magnitude.data.float()
+        # Rounded to the model's dtype, as peft makes them, the policy would not start as its reference.
+        magnitude.data = _base_weight(layer).norm(dim=1)
         yield Slot(f"{name}.m", magnitude)
+
+
+def _base_weight(layer: Any) -> Tensor:
+    """(outputs, inputs) float32 of what peft's layer wraps."""
+    base = layer.get_base_layer()
+    held = dequantize_module_weight(base).detach().float()
+    return held.T if isinstance(base, Conv1D) else held
+
+
+class _Dora(DoraLinearVariant):
+    """DoRA whose dropout is in the low-rank term alone, as mlx-lm has it; peft drops the base's inputs as well."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        more = module.lora_magnitude_vector[active_adapter](
+            module.lora_dropout[active_adapter](x),
+            lora_A=module.lora_A[active_adapter],
+            lora_B=module.lora_B[active_adapter],
+            scaling=module.scaling[active_adapter],
+            base_layer=module.get_base_layer(),
+            base_result=result,
+            adapter_name=active_adapter,
+        )
+        return result + more
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _embeds(layer: Any) -> bool:
@@ -253,6 +319,30 @@ def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     if _embeds(layer):
         return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+@torch.no_grad()
+def check_reached(model: nn.Module, adapted: Sequence[Adapted]) -> None:
+    """ConfigError for modules that a forward pass of training goes past: a kernel took their weights, so that an
+    adapter there would do nothing."""
+    missed = {one.name for one in adapted if not isinstance(one.module, LowRank)}
+    hooks = [
+        one.module.register_forward_hook(lambda *_, name=one.name: missed.discard(name))
+        for one in adapted
+        if one.name in missed
+    ]
+    try:
+        model.train()
+        model(input_ids=torch.arange(1, 9, device=model.get_input_embeddings().weight.device)[None], use_cache=False)
+    finally:
+        model.eval()
+        for hook in hooks:
+            hook.remove()
+    if missed:
+        raise ConfigError(
+            f"{type(model).__name__} reads the weights of {', '.join(sorted(missed)[:5])} without calling the module: "
+            "an adapter there would do nothing; leave it out of lora_parameters.keys"
+        )
 
 
 # --- bare parameters ---

@@ -28,4 +28,4 @@ def _tensor(value: Any, device: torch.device) -> Any:
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """float32, on the host, its own memory."""
-    return np.array(tensor.detach().float().cpu())
+    return tensor.detach().float().cpu().numpy().copy()

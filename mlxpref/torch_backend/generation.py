@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from mlxpref.errors import ModelError
 from mlxpref.torch_backend.policy import Policy
 
 
@@ -37,24 +39,37 @@ def generate(
     longest = max(map(len, prompts))
     ids = torch.tensor([[ends[0]] * (longest - len(one)) + list(one) for one in prompts], device=policy.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=policy.device)
-    # Said in full: a model's own generation_config would bring its top_k and its penalties.
-    how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {
-        "do_sample": False, "temperature": None, "top_p": None, "top_k": None
-    }  # fmt: skip
     with nullcontext() if adapter else policy.as_reference():
         found = policy.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=ends, pad_token_id=ends[0],
-            repetition_penalty=1.0, num_beams=1, **how,
+            do_sample=temperature > 0, top_k=0, logits_processor=_shapers(temperature, top_p),
         )  # fmt: skip
     return [_text(policy, row.tolist(), set(ends)) for row in found[:, longest:]]
 
 
+def _shapers(temperature: float, top_p: float) -> LogitsProcessorList:
+    """The nucleus first, of the model's own probabilities, then the temperature: mlx-lm's order."""
+    shapers = LogitsProcessorList()
+    if temperature > 0 and top_p < 1:
+        shapers.append(TopPLogitsWarper(top_p))
+    if temperature > 0 and temperature != 1:
+        shapers.append(TemperatureLogitsWarper(temperature))
+    return shapers
+
+
 def _end_tokens(policy: Policy) -> list[int]:
-    """Tokens that end a response: the model's, else the tokenizer's."""
+    """Tokens that end a response: the model's, else the tokenizer's.
+
+    Raises:
+        ModelError: neither names one.
+    """
     given = policy.config.get("eos_token_id")
     found = given if isinstance(given, list) else [] if given is None else [given]
-    own = policy.tokenizer.eos_token_id
-    return found if own is None or own in found else [*found, own]
+    if not found and policy.tokenizer.eos_token_id is not None:
+        found = [policy.tokenizer.eos_token_id]
+    if not found:
+        raise ModelError(f"{policy.path}: neither config.json nor the tokenizer names an eos token")
+    return found
 
 
 def _text(policy: Policy, ids: list[int], ends: set[int]) -> str:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from mlxpref.records import Logps, MicroBatch
+from mlxpref.torch_backend.sharding import Sharded
 
 CHUNK_BYTES = 64e6
 """Most bytes of float32 logits at once (at least 64 and at most 2048 rows of them)."""
@@ -59,6 +60,7 @@ class Network:
         split_head: whether head and body can be told apart (``check`` finds out); otherwise whole rows of logits
             are made.
         outer: names of trainable parameters outside the layers, which the head may use.
+        root: through which everything goes where the weights are sharded; else None.
     """
 
     def __init__(self, model: Any, *, vocabulary: int):
@@ -67,6 +69,7 @@ class Network:
         self.body_name = model.base_model_prefix
         self.split_head = hasattr(model, self.body_name) and model.get_output_embeddings() is not None
         self.outer: tuple[str, ...] = ()
+        self.root: Sharded | None = None
 
     @property
     def device(self) -> torch.device:
@@ -113,13 +116,20 @@ class Network:
 
     def rows(self, batch: MicroBatch) -> Tensor:
         """(N, D) hidden states that predict a scored token, in the order of ``batch.targets``."""
+        return self._rows(batch) if self.root is None else self.root(self._rows, batch)
+
+    def _rows(self, batch: MicroBatch) -> Tensor:
         shared = batch.prompts.shape[1]
-        found = []
-        for shelf in batch.shelves:
-            whole = torch.cat([batch.prompts[shelf.prompt], shelf.inputs], 1)
-            hidden = self.hidden(whole)[:, shared:]
-            found.append(hidden.reshape(-1, hidden.shape[-1]))
-        return torch.cat(found)[batch.scored]
+        whole = [torch.cat([batch.prompts[shelf.prompt], shelf.inputs], 1) for shelf in batch.shelves]
+        hidden = self._at_once(whole) if self.root is not None else [self.hidden(ids) for ids in whole]
+        return torch.cat([one[:, shared:].flatten(0, 1) for one in hidden])[batch.scored]
+
+    def _at_once(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        """Hidden states of several shelves by one pass: all workers go through sharded weights equally often."""
+        longest = max(ids.shape[1] for ids in whole)
+        hidden = self.hidden(torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in whole]))
+        pieces = hidden.split([len(ids) for ids in whole])
+        return [piece[:, : ids.shape[1]] for piece, ids in zip(pieces, whole, strict=True)]
 
     def token_values(self, batch: MicroBatch, statistics: Sequence[str] = ()) -> tuple[Logps, dict[str, Tensor]]:
         """Log-probs of every scored token, float32 nats, and the statistics asked for by name, each (B, S, L).
@@ -128,7 +138,12 @@ class Network:
             statistics: of "overlap" and "token_kl"; the latter needs the extra ``reference_hidden``, as ``rows`` of
                 the reference gives it.
         """
-        hidden = self.rows(batch)
+        call = self._token_values
+        found = call(batch, statistics) if self.root is None else self.root(call, batch, statistics)
+        return Logps(found[0], batch.mask), dict(zip(statistics, found[1:], strict=True))
+
+    def _token_values(self, batch: MicroBatch, statistics: Sequence[str]) -> list[Tensor]:
+        hidden = self._rows(batch)
         beside = batch.extras["reference_hidden"] if "token_kl" in statistics else hidden
         found: list[list[Tensor]] = []
         size = max(64, min(2048, int(CHUNK_BYTES / (4 * self.vocabulary))))
@@ -139,8 +154,7 @@ class Network:
                 found.append(checkpoint(self._of_chunk, *given, use_reentrant=False))
             else:
                 found.append(self._of_chunk(*given))
-        laid = [_laid(torch.cat(values), batch.place) for values in zip(*found, strict=True)]
-        return Logps(laid[0], batch.mask), dict(zip(statistics, laid[1:], strict=True))
+        return [_laid(torch.cat(values), batch.place) for values in zip(*found, strict=True)]
 
     def _of_chunk(self, hidden: Tensor, targets: Tensor, beside: Tensor, statistics: Sequence[str]) -> list[Tensor]:
         """(n,) float32 log-probs of the targets, then each statistic."""

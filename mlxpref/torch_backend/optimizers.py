@@ -9,7 +9,6 @@ A rule is a function of one step, which it makes in place; its keyword arguments
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,13 +19,14 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 from torch.optim.sgd import sgd as torch_sgd
 
-from mlxpref.errors import ConfigError, RunError, raise_all
+from mlxpref.errors import RunError, raise_all
+from mlxpref.optimizer_options import resolve_optimizer
 
 Held = dict[str, Tensor]
 """What an optimiser remembers of one parameter, by slot."""
 
 
-class Step(NamedTuple):
+class OneStep(NamedTuple):
     """What a rule moves, in place: parameters, and what is held of each. The gradients are only read.
 
     Attributes:
@@ -52,7 +52,7 @@ class Optimizer:
         slots: a parameter → zeros for each thing the rule remembers of it.
     """
 
-    def __init__(self, update: Callable[[Step], None], slots: Callable[[Tensor], Held]):
+    def __init__(self, update: Callable[[OneStep], None], slots: Callable[[Tensor], Held]):
         self._update, self._slots = update, slots
         self._n_steps = 0
         self._held: dict[str, Held] = {}
@@ -79,7 +79,7 @@ class Optimizer:
                 raise ValueError(f"{what} and optimizer state differ in {', '.join(sorted(other))}")
         self._n_steps += 1
         columns = ([source[name] for name in self._held] for source in (params, gradients, self._held))
-        self._update(Step(*columns, number=self._n_steps, rate=float(learning_rate)))
+        self._update(OneStep(*columns, number=self._n_steps, rate=float(learning_rate)))
 
     def names(self) -> list[str]:
         """Names of ``state``: ``step``, then ``<slot>.<parameter>``."""
@@ -122,13 +122,15 @@ def _kind(value: Tensor) -> str:
 # --- taken from torch.optim ----------------------------------------------------------------------
 
 
-def adam(step: Step, *, betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-8, bias_correction: bool = True) -> None:
+def adam(
+    step: OneStep, *, betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-8, bias_correction: bool = True
+) -> None:
     """Kingma and Ba 2015, arXiv:1412.6980, algorithm 1; the correction may be left out, as MLX's Adam has it."""
     adamw(step, betas=betas, eps=eps, bias_correction=bias_correction)
 
 
 def adamw(
-    step: Step,
+    step: OneStep,
     *,
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -160,7 +162,7 @@ def adamw(
 
 
 def sgd(
-    step: Step,
+    step: OneStep,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -190,7 +192,7 @@ def sgd(
 
 
 def lion(
-    step: Step,
+    step: OneStep,
     *,
     betas: Sequence[float] = (0.9, 0.99),
     weight_decay: float = 0.0,
@@ -205,7 +207,7 @@ def lion(
 
 
 def muon(
-    step: Step,
+    step: OneStep,
     *,
     momentum: float = 0.95,
     nesterov: bool = True,
@@ -242,7 +244,7 @@ def orthogonal(matrix: Tensor, n_steps: int) -> Tensor:
 
 
 def adafactor(
-    step: Step,
+    step: OneStep,
     *,
     eps: Sequence[float] = (1e-30, 1e-3),
     clip_threshold: float = 1.0,
@@ -268,7 +270,9 @@ def adafactor(
         update = scaled * (update / (_rms(update) / clip_threshold).clamp(min=1.0))
         if beta_1 is not None:
             update = slots["m"].copy_(beta_1 * slots["m"] + (1 - beta_1) * update)
-        param.mul_(1 - scaled * weight_decay).sub_(update)
+        if weight_decay:
+            param.sub_(scaled * weight_decay * param)  # finer than a factor near 1, whose last bits are lost
+        param.sub_(update)
 
 
 def _inverse_roots(squares: Tensor, slots: Held, share: float) -> Tensor:
@@ -320,59 +324,8 @@ def make_optimizer(name: str, weight_decay: float, options: Mapping[str, Any] | 
         options: by the names MLX's optimisers give them.
 
     Raises:
-        ConfigError: an unknown optimiser, an option it does not take, a value out of range or without effect, or a
-            weight decay it would ignore.
+        ConfigError: see ``resolve_optimizer``.
     """
-    if name not in _RULES:
-        raise ConfigError(f"unknown optimizer {name!r}; one of {', '.join(_RULES)}")
+    arguments = resolve_optimizer(name, weight_decay, options)
     rule, slots = _RULES[name]
-    keywords = inspect.getfullargspec(rule).kwonlydefaults or {}
-    takes, arguments = sorted(keywords.keys() - {"weight_decay"}), dict(options or {})
-    if unknown := sorted(arguments.keys() - set(takes)):
-        raise ConfigError(f"optimizer {name} takes no {', '.join(unknown)}; it takes {', '.join(takes)}")
-    if weight_decay and "weight_decay" not in keywords:
-        raise ConfigError(f"optimizer {name} has no weight decay; set weight_decay: 0 or use adamw")
-    problems = _problems(name, {**keywords, **arguments, "weight_decay": weight_decay})
-    raise_all(list(problems), ConfigError, f"optimizer {name}:")
-    if "weight_decay" in keywords:
-        arguments["weight_decay"] = weight_decay
     return Optimizer(partial(rule, **arguments), partial(slots, **arguments))
-
-
-def _problems(name: str, options: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the values, and which of them would do nothing."""
-    for option, value in options.items():
-        needed, good = _VALUES.get((name, option)) or _VALUES.get(option, _FLAG)
-        if not good(value):
-            yield f"{option} is {value!r}: {needed} needed"
-    if options.get("dampening") and not options["momentum"]:
-        yield "dampening damps a momentum, which is 0: set momentum, or leave dampening out"
-    if name == "sgd" and options["nesterov"] and (options["dampening"] or not options["momentum"]):
-        yield "nesterov needs a momentum above 0 and no dampening"
-    if options.get("warmup_init") and not options["relative_step"]:
-        yield "warmup_init is a part of relative_step: use the schedule's warmup_steps"
-
-
-def _within(low: float, below: float) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value < below
-
-
-def _two(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(good, value))
-
-
-_FLAG = ("true or false is", lambda value: isinstance(value, bool))
-_POSITIVE = ("a number from 0 is", _within(0, math.inf))
-_VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    "betas": ("two numbers from 0 to below 1 are", _two(_within(0, 1))),
-    "beta_1": ("a number from 0 to below 1, or none, is", lambda value: value is None or _within(0, 1)(value)),
-    "eps": _POSITIVE,
-    ("adafactor", "eps"): ("two numbers from 0 are", _two(_within(0, math.inf))),
-    "momentum": _POSITIVE,
-    "dampening": _POSITIVE,
-    "weight_decay": _POSITIVE,
-    "ns_steps": ("a whole number from 1 is", lambda value: type(value) is int and value >= 1),
-    "clip_threshold": ("a number above 0 is", lambda value: _within(0, math.inf)(value) and value > 0),
-    "decay_rate": ("a number up to 0 is", lambda value: _within(-math.inf, math.inf)(value) and value <= 0),
-}
-"""What an option's value must be, in words and as a test; any other option is a flag."""

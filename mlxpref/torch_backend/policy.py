@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from mlxpref import names
 from mlxpref.data.tokenization import load_tokenizer
-from mlxpref.errors import ConfigError, ModelError
+from mlxpref.errors import ConfigError, ModelError, raise_all
 from mlxpref.folders import (
     base_hash,
     model_config,
@@ -30,9 +33,10 @@ from mlxpref.folders import (
     vocabulary_size,
 )
 from mlxpref.hub import model_folder
-from mlxpref.torch_backend.adapting import Adapted, adapt, layer_prefix
+from mlxpref.torch_backend.adapting import Adapted, adapt, check_reached, layer_prefix
 from mlxpref.torch_backend.arrays import to_numpy
 from mlxpref.torch_backend.logps import Network
+from mlxpref.torch_backend.sharding import shard
 from mlxpref.torch_backend.slots import Slot, is_quantised, weight_slots
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -84,12 +88,17 @@ class Policy:
         return False
 
     @property
+    def sharded(self) -> bool:
+        """Whether every worker holds a slice of the weights; then ``masters`` and ``initial`` are slices, too."""
+        return self.network.root is not None
+
+    @property
     def device(self) -> torch.device:
         return self.network.device
 
     @property
     def n_trainable(self) -> int:
-        return sum(slot.value.numel() for slot in self.slots.values())
+        return sum(int(np.prod(slot.shape)) for slot in self.slots.values())
 
     @property
     def n_parameters(self) -> int:
@@ -99,7 +108,7 @@ class Policy:
 
     def values(self) -> dict[str, np.ndarray]:
         """The float32 masters by name."""
-        return {name: to_numpy(value) for name, value in self.masters.items()}
+        return {name: to_numpy(self.slots[name].gathered(value)) for name, value in self.masters.items()}
 
     def set_values(self, values: Mapping[str, np.ndarray]) -> None:
         """Put float32 values, one for every master, in their place.
@@ -108,12 +117,12 @@ class Policy:
             ModelError: other names or shapes than those of the masters.
         """
         theirs = {name: tuple(value.shape) for name, value in values.items()}
-        ours = {name: tuple(value.shape) for name, value in self.masters.items()}
+        ours = {name: self.slots[name].shape for name in self.masters}
         if theirs != ours:
             odd = sorted(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
             raise ModelError(f"{self.path}: other trainable parameters: {', '.join(odd[:5])}")
         for name, value in values.items():
-            self.masters[name].copy_(torch.from_numpy(np.array(value, np.float32)))
+            self.masters[name].copy_(self.slots[name].sliced(torch.from_numpy(np.array(value, np.float32))))
         self.place_masters()
 
     def place_masters(self) -> None:
@@ -125,7 +134,7 @@ class Policy:
 
     def to_save(self) -> dict[str, Tensor]:
         """What an adapter folder holds: float32 factors, or full weights in the model's dtype."""
-        return {name: slot.value.contiguous().cpu() for name, slot in self.slots.items()}
+        return {name: slot.gathered(slot.value).contiguous().cpu() for name, slot in self.slots.items()}
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -192,6 +201,7 @@ def load_policy(
     init_from: str | None = None,
     grad_checkpoint: bool = False,
     load_in_4bit: bool = False,
+    fsdp: bool = False,
     seed: int = 0,
     trainable: bool = True,
 ) -> Policy:
@@ -208,12 +218,14 @@ def load_policy(
         init_from: adapter folder to start from; the reference is then that adapter.
         grad_checkpoint: recompute layers in the backward pass.
         load_in_4bit: quantise linear layers to NF4 by bitsandbytes (CUDA only).
+        fsdp: every worker keeps a slice of the weights (full fine-tuning only).
         seed: of the adapter's first weights.
         trainable: False loads the base alone, everything frozen.
 
     Raises:
         ModelError: no such model, missing weights, an architecture unknown to transformers.
-        ConfigError: contradictory or unknown adapter settings, or 4 bits without CUDA and bitsandbytes.
+        ConfigError: contradictory or unknown adapter settings, 4 bits without CUDA and bitsandbytes, or ``fsdp`` of
+            an adapter or of a single process.
         AdapterError: ``init_from`` does not fit the model.
     """
     from mlxpref.torch_backend import adapter  # builds on policies
@@ -221,7 +233,7 @@ def load_policy(
     folder = model_folder(path, revision=revision)
     config = model_config(folder)
     kind = _dtype(dtype, config)
-    model = _load(folder, DTYPES[kind], config, load_in_4bit)
+    model = _load(folder, DTYPES[kind], config, load_in_4bit, place=not fsdp)
     model.requires_grad_(False)
     tokenizer = load_tokenizer(str(folder))
     if init_from is not None:
@@ -236,6 +248,8 @@ def load_policy(
         config, fine_tune_type, num_layers, lora,
         base_fingerprint=base, fingerprint=reference_hash(base, said, init_from),
     )  # fmt: skip
+    if fsdp:
+        _shard(policy)
     if trainable:
         _choose_trainable(policy, seed)
         if init_from is not None:
@@ -246,11 +260,21 @@ def load_policy(
         }
         if init_from is not None or fine_tune_type == "full":
             policy.initial = {name: slot.value.clone() for name, slot in policy.slots.items()}
-    policy.network.check()
+    model.eval()  # peft's new modules are not; with dropout the check would compare two draws
+    if not fsdp:
+        policy.network.check()
     if grad_checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.eval()
+        _checkpoint(model)
     return policy
+
+
+def _checkpoint(model: Any) -> None:
+    """Recompute each layer in the backward pass; the method has two names in the versions of transformers."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def _dtype(asked: str | None, config: Mapping[str, Any]) -> str:
@@ -262,7 +286,9 @@ def _dtype(asked: str | None, config: Mapping[str, Any]) -> str:
     return asked or (own if own in DTYPES else "float32")
 
 
-def _load(folder: Path, dtype: torch.dtype, config: Mapping[str, Any], load_in_4bit: bool) -> Any:
+def _load(
+    folder: Path, dtype: torch.dtype, config: Mapping[str, Any], load_in_4bit: bool, *, place: bool
+) -> Any:
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     if "quantization" in config:
@@ -272,17 +298,48 @@ def _load(folder: Path, dtype: torch.dtype, config: Mapping[str, Any], load_in_4
         )
     more = {"quantization_config": _four_bits(dtype)} if load_in_4bit else {}
     try:
-        settings = AutoConfig.from_pretrained(folder)
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _without_dropout(settings)
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, config=settings, dtype=dtype, output_loading_info=True, use_safetensors=True, **more
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            folder, config=settings, dtype=dtype, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True, trust_remote_code=False, **more,
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise ModelError(
+            f"{folder}: the weights cannot be read ({error}); the download is incomplete or damaged: fetch the folder "
+            "again"
+        ) from error
+    except StrictDataclassError as error:
+        raise ModelError(f"{folder}: config.json is refused ({' '.join(str(error).split())[:300]})") from error
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: {_explained(str(error))}") from error
-    if found["missing_keys"] or found["mismatched_keys"]:
-        odd = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
-        raise ModelError(f"{folder}: the weights lack, or have in another shape: {', '.join(odd[:5])}")
-    return model if load_in_4bit else model.to("cuda" if torch.cuda.is_available() else "cpu")
+    _check_fit(folder, found)
+    _check_head(folder, model)
+    model.generation_config = GenerationConfig()  # the folder's own would bring penalties, top_k and more
+    return model if load_in_4bit or not place else model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_fit(folder: Path, found: Mapping[str, Any]) -> None:
+    """ModelError unless the weights are those that config.json describes."""
+    said = {"missing_keys": "lack", "mismatched_keys": "have in another shape", "unexpected_keys": "hold besides"}
+    odd = {what: sorted(str(one[0] if isinstance(one, tuple) else one) for one in found[key])
+           for key, what in said.items() if found[key]}  # fmt: skip
+    problems = [f"they {what} {', '.join(some[:5])}" for what, some in odd.items()]
+    raise_all(problems, ModelError, f"{folder}: the weights do not fit the model's config.json:")
+
+
+def _check_head(folder: Path, model: Any) -> None:
+    """ModelError where config.json ties a head that has weights of its own: transformers takes those, mlx-lm does
+    not."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if not model.config.get_text_config().tie_word_embeddings or head is None or head.weight is table.weight:
+        return
+    if not torch.equal(head.weight, table.weight):
+        raise ModelError(
+            f"{folder}: by config.json the head is the embedding matrix, and the weights hold another one; write "
+            "tie_word_embeddings: false there if that is the right one, or take it out of the weights"
+        )
+    head.weight = table.weight
 
 
 def _explained(message: str) -> str:
@@ -290,8 +347,20 @@ def _explained(message: str) -> str:
     if "no file named" in message:
         return "no weights (model*.safetensors). Download the whole model folder again"
     if "does not recognize this architecture" in message or "Unrecognized" in message:
-        return f"{first[:150]} The installed transformers does not know this architecture; try a newer one"
+        return f"transformers as installed knows no language model of this architecture; try a newer one ({first[:150]} …)"
+    if "custom code" in message or "trust_remote_code" in message:
+        return "the model comes with its own code, which is not run here; what can be loaded is in transformers"
     return f"the model cannot be loaded ({first})"
+
+
+def _shard(policy: Policy) -> None:
+    """Give every worker its slice of the model, which is whole and in main memory until then."""
+    if policy.fine_tune_type != "full":
+        raise ConfigError("training.fsdp is for adapter.fine_tune_type: full; an adapter's base fits without it")
+    policy.network.check()
+    n_layers = int(policy.model.config.get_text_config().num_hidden_layers)
+    layers = policy.model.get_submodule(layer_prefix(policy.model, n_layers).removesuffix("."))
+    policy.network.root = shard(policy.model, layers)
 
 
 def _four_bits(dtype: torch.dtype) -> Any:
@@ -308,10 +377,11 @@ def _four_bits(dtype: torch.dtype) -> Any:
 
 
 def _without_dropout(settings: Any) -> None:
-    """Models of mlx-lm have no dropout of their own; an adapter's is ``lora_parameters.dropout``."""
-    for key, value in list(vars(settings).items()):
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-            setattr(settings, key, 0.0)
+    """Models of mlx-lm have no dropout of their own, nor noise; an adapter's is ``lora_parameters.dropout``."""
+    for part in {id(one): one for one in (settings, settings.get_text_config())}.values():
+        for key, value in list(vars(part).items()):
+            if any(word in key for word in ("drop", "jitter")) and isinstance(value, float):
+                setattr(part, key, 0.0)
 
 
 def _choose_trainable(policy: Policy, seed: int) -> None:
@@ -328,20 +398,12 @@ def _choose_trainable(policy: Policy, seed: int) -> None:
         slots, policy.adapted = adapt(
             model, model_type, prefix, layers, policy.lora_parameters, dora=policy.fine_tune_type == "dora", seed=seed
         )
+        check_reached(model, policy.adapted)
     policy.slots = {slot.name: slot for slot in slots}
     for slot in slots:
         slot.parameter.requires_grad_(True)
-    ours = names_prefix(slots)
-    policy.network.outer = tuple(name for name in policy.slots if not name.startswith(ours)) if ours else ()
-
-
-def names_prefix(slots: list[Slot]) -> str:
-    """Everything up to the first number in the names of slots: where mlx-lm's layers stand. Empty without any."""
-    for slot in slots:
-        parts = slot.name.split(".")
-        if any(part.isdigit() for part in parts):
-            return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
-    return ""
+    ours = names.to_mlx(prefix, model_type)
+    policy.network.outer = tuple(name for name in policy.slots if not name.startswith(ours))
 
 
 def _unfreeze(policy: Policy, prefix: str, layers: range, n_layers: int) -> list[Slot]:

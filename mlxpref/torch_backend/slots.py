@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mlxpref import names
+from mlxpref.torch_backend.sharding import local, sliced, whole
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -37,15 +38,28 @@ class Slot:
     view: Callable[[Tensor], Tensor] = _same
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """In mlx-lm's layout; the whole tensor's."""
+        return tuple(self.view(torch.empty(self.parameter.shape, device="meta")).shape)
+
+    @property
     def value(self) -> Tensor:
-        """In mlx-lm's layout; shares memory with the parameter."""
-        return self.view(self.parameter.detach())
+        """In mlx-lm's layout; shares memory with the parameter. Of a sharded one this worker's slice."""
+        return self.view(local(self.parameter.detach()))
 
     @property
     def gradient(self) -> Tensor:
-        """float32, in mlx-lm's layout; zeros where nothing reached it."""
+        """float32, in mlx-lm's layout; zeros where nothing reached it. Of a sharded one this worker's slice."""
         found = self.parameter.grad
-        return self.view(torch.zeros_like(self.parameter) if found is None else found).float()
+        return self.view(local(torch.zeros_like(self.parameter) if found is None else found)).float()
+
+    def gathered(self, value: Tensor) -> Tensor:
+        """The whole of a slice that looks like ``value``; of a parameter that is not sharded, ``value`` itself."""
+        return whole(value, self.parameter, self.view)
+
+    def sliced(self, value: Tensor) -> Tensor:
+        """This worker's slice of a whole tensor in mlx-lm's layout."""
+        return sliced(value, self.parameter, self.view)
 
 
 def weight_slots(model: nn.Module, chosen: Callable[[str], bool], model_type: str) -> list[Slot]:

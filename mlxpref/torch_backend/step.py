@@ -5,7 +5,7 @@ What the optimiser sees is the whole batch; how it is split into micro-batches c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlxpref.errors import AdapterError, ConfigError, RunError
+from mlxpref.errors import AdapterError, ConfigError, RunError, raise_all
 from mlxpref.objectives import Objective
 from mlxpref.objectives.registry import FROM_MODEL
 from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
@@ -23,6 +23,8 @@ from mlxpref.torch_backend.arrays import to_numpy, to_torch
 from mlxpref.torch_backend.moving import MovingReference
 from mlxpref.torch_backend.optimizers import Optimizer, make_optimizer
 from mlxpref.torch_backend.policy import Policy
+from mlxpref.torch_backend.slots import Slot
+from mlxpref.workers import Workers
 
 STATE = "step_state.safetensors"
 
@@ -30,11 +32,12 @@ Values = dict[str, Tensor]
 """``tokens`` (B, S, L), and by name what else a model says of each token."""
 
 
-class _Part(NamedTuple):
-    """What one micro-batch contributes, without gradient."""
+class _Figures(NamedTuple):
+    """What a step reports of one micro-batch: losses (B,), log-probs of policy and reference (B, S), or None."""
 
     losses: Tensor
-    tokens: Tensor
+    policy: Tensor
+    reference: Tensor | None
 
 
 class Step:
@@ -60,6 +63,7 @@ class Step:
         *,
         n_groups: int = 1,
         moving: MovingReference | None = None,
+        workers: Workers | None = None,
     ):
         self.policy = policy
         self.objective = objective
@@ -68,6 +72,8 @@ class Step:
         self.seed = seed
         self.n_drawn = 0
         self.moving = moving
+        self.workers = workers or Workers()
+        self._most = 0
         self.optimizer.init(policy.masters)
         self._treedef, self._leaves = _flattened(objective.initial_state(n_groups), policy.device)
         self._statistics = sorted(objective.needs & FROM_MODEL)
@@ -86,72 +92,146 @@ class Step:
         Returns:
             What it did; ``skipped`` when a loss or gradient was not finite and nothing was changed.
         """
-        batch, gradients, parts, state = self._differentiated(batch)
-        norm = torch.stack([gradients[name].square().sum() for name in sorted(gradients)]).sum().sqrt()
+        gradients, norm, figures, state = self._differentiated(batch)
         if self.max_grad_norm is not None:
             factor = (self.max_grad_norm / norm.clamp(min=1e-6)).clamp(max=1.0)
             gradients = {name: value * factor for name, value in gradients.items()}
-        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(part.losses).all()) for part in parts)
+        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(one.losses).all()) for one in figures)
         if finite:
             self.optimizer.step(self.policy.masters, gradients, learning_rate)
             self.policy.place_masters()
             self._leaves = state
             if self.moving is not None:
                 self.moving.follow()
-        return _report(batch, parts, float(norm), not finite)
+        return _report(batch, figures, float(norm), not finite)
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """Gradients of the batch's mean loss by parameter, float32, before clipping; no weight or moment moves."""
-        _, gradients, _, _ = self._differentiated(batch)
-        return {name: to_numpy(value) for name, value in gradients.items()}
+        gradients, _, _, _ = self._differentiated(batch)
+        return {name: to_numpy(self.policy.slots[name].gathered(value)) for name, value in gradients.items()}
 
-    def _differentiated(self, batch: Batch) -> tuple[Batch, Values, list[_Part], list[Tensor]]:
-        """The batch completed, gradients of its mean loss, what its parts gave, and the objective's next state."""
-        self.n_drawn += 1
-        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
-        tensors = [to_torch(part, self.policy.device) for part in batch.parts]
+    def _differentiated(self, batch: Batch) -> tuple[Values, Tensor, list[_Figures], list[Tensor]]:
+        """Gradients of the batch's mean loss, their norm, figures of its parts, and the objective's next state.
+
+        Of several workers each computes its own parts, and all have the same when it returns. Nothing has changed
+        when it raises WorkerLost.
+        """
+        mine, parts = self._mine(batch), self._tensors(batch)
         self.policy.model.zero_grad(set_to_none=True)
         self.policy.model.train()
         try:
-            parts, state = self._coupled(tensors) if self.objective.coupled else self._one_by_one(tensors)
+            figures, state = (self._coupled if self.objective.coupled else self._one_by_one)(parts, mine)
         finally:
             self.policy.model.eval()
         gradients = {name: slot.gradient for name, slot in self.policy.slots.items()}
         self.policy.model.zero_grad(set_to_none=True)
-        return batch, gradients, parts, state
+        own: Values = {"squares": _squares(gradients)} if self.policy.sharded else gradients
+        if self.objective.coupled:  # whose figures all workers have already
+            (own,) = self._added([own])
+        else:
+            own, *figures = self._added([own, *figures])
+        self.n_drawn += 1
+        if self.policy.sharded:
+            return gradients, own["squares"].sqrt(), figures, state
+        return own, _squares(own).sqrt(), figures, state
 
-    def _one_by_one(self, tensors: Sequence[MicroBatch]) -> tuple[list[_Part], list[Tensor]]:
+    def _one_by_one(self, parts: Sequence[MicroBatch], mine: Collection[int]) -> tuple[list[_Figures], list[Tensor]]:
         """Backward through each micro-batch for itself."""
-        total = sum(part.weights.sum() for part in tensors)
-        parts = []
-        for index, part in enumerate(tensors):
+        total = sum(part.weights.sum() for part in parts)
+        found = [_blank(part, self._compares(part)) for part in parts]
+        for index in mine:
+            part = parts[index]
             values = self._read(part, index)
             losses = self.objective(columns(values, part))
-            ((losses * part.weights).sum() / total).backward()
-            parts.append(_Part(losses.detach(), values["tokens"].detach()))
-        return parts, self._leaves
+            self._backward((losses * part.weights).sum() / total)
+            found[index] = _figures(losses, values, part)
+        self._idle(parts, mine)
+        return found, self._leaves
 
-    def _coupled(self, tensors: Sequence[MicroBatch]) -> tuple[list[_Part], list[Tensor]]:
+    def _coupled(self, parts: Sequence[MicroBatch], mine: Collection[int]) -> tuple[list[_Figures], list[Tensor]]:
         """The same of losses that depend on the whole batch.
 
         All log-probs first; then the objective on all of them, whose slopes towards each token go back through the
         model, micro-batch after micro-batch, with the dropout of the first pass.
         """
         with torch.no_grad():
-            values = [self._read(part, index) for index, part in enumerate(tensors)]
+            own = {index: self._read(parts[index], index) for index in mine}
+            self._idle(parts, mine)
+            parts, values = self._gathered(parts, own)
         for of_part in values:
             for value in of_part.values():
                 value.requires_grad_(True)
-        total = sum(part.weights.sum() for part in tensors)
-        losses, state = self._apply(values, tensors)
-        mean = sum((one * part.weights).sum() for one, part in zip(losses, tensors, strict=True)) / total
+        total = sum(part.weights.sum() for part in parts)
+        losses, state = self._apply(values, parts)
+        mean = sum((one * part.weights).sum() for one, part in zip(losses, parts, strict=True)) / total
         mean.backward()
-        for index, (part, of_part) in enumerate(zip(tensors, values, strict=True)):
-            again = self._read(part, index)
-            reached = [name for name, value in of_part.items() if value.grad is not None and again[name].requires_grad]
-            torch.autograd.backward([again[name] for name in reached], [of_part[name].grad for name in reached])
-        parts = [_Part(one.detach(), of_part["tokens"].detach()) for one, of_part in zip(losses, values, strict=True)]
-        return parts, [leaf.detach() for leaf in _flattened(state, self.policy.device)[1]]
+        for index in mine:
+            again, slopes = self._read(parts[index], index), values[index]
+            reached = [name for name, one in slopes.items() if one.grad is not None and again[name].requires_grad]
+            self._backward(torch.stack([(again[name] * slopes[name].grad).sum() for name in reached]).sum())
+        self._idle(parts, mine)
+        figures = [_figures(*one) for one in zip(losses, values, parts, strict=True)]
+        return figures, [leaf.detach() for leaf in _flattened(state, self.policy.device)[1]]
+
+    def _backward(self, loss: Tensor) -> None:
+        """Sharded gradients are averaged over the workers, and meant to be added up."""
+        (loss * self.workers.size if self.policy.sharded else loss).backward()
+
+    # --- several workers ---
+
+    def _mine(self, batch: Batch) -> list[int]:
+        """The parts that this worker computes."""
+        alone = self.workers.size == 1
+        owners = batch.workers or [0] * len(batch.parts)
+        self._most = max(map(list(owners).count, owners))
+        return [index for index, owner in enumerate(owners) if alone or owner == self.workers.rank]
+
+    def _idle(self, parts: Sequence[MicroBatch], mine: Sequence[int]) -> None:
+        """Through sharded weights all workers go equally often: pass with those that have more parts."""
+        for _ in range(self._most - len(mine) if self.policy.sharded else 0):
+            nothing = 0.0 * self._read(parts[0], 0)["tokens"].sum()
+            if torch.is_grad_enabled():
+                self._backward(nothing)
+
+    def _compares(self, part: MicroBatch) -> bool:
+        """Whether there is a reference."""
+        return self.moving is not None or part.reference is not None
+
+    def _gathered(
+        self, parts: Sequence[MicroBatch], own: Mapping[int, Values]
+    ) -> tuple[list[MicroBatch], list[Values]]:
+        """All micro-batches with the values of each token, and a moving reference's, of whichever worker's they are."""
+        names = ("tokens", *self._statistics)
+        values = [
+            {name: own[index][name] if index in own else torch.zeros_like(part.mask) for name in names}
+            for index, part in enumerate(parts)
+        ]
+        if self.moving is None:
+            return list(parts), self._added(values)
+        known = [
+            {"reference": part.reference if index in own else torch.zeros_like(part.mask)}
+            for index, part in enumerate(parts)
+        ]
+        found = self._added([*values, *known])
+        parts = [part._replace(**one) for part, one in zip(parts, found[len(parts) :], strict=True)]
+        return parts, found[: len(parts)]
+
+    def _added(self, groups: list[Any]) -> list[Any]:
+        """Mappings and figures added up over all workers, by one sum, which also carries the wish to stop."""
+        workers = self.workers
+        if workers.size == 1:
+            return groups
+        listed = [list(group.values()) if isinstance(group, Mapping) else list(group) for group in groups]
+        leaves = [leaf for group in listed for leaf in group if leaf is not None]
+        flag = torch.tensor([float(workers.wants_stop)], device=self.policy.device)
+        total = workers.sum(torch.cat([*(leaf.float().reshape(-1) for leaf in leaves), flag]))
+        workers.stopping = workers.stopping or float(total[-1]) > 0
+        cut = iter(total[:-1].split([leaf.numel() for leaf in leaves]))
+        shaped = [[None if leaf is None else next(cut).view(leaf.shape) for leaf in group] for group in listed]
+        return [
+            dict(zip(group, new, strict=True)) if isinstance(group, Mapping) else _Figures(*new)
+            for group, new in zip(groups, shaped, strict=True)
+        ]
 
     def _read(self, part: MicroBatch, index: int) -> Values:
         """What the model says of every scored token of the batch's part of this index, dropout as drawn for it."""
@@ -166,15 +246,23 @@ class Step:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepReport:
         """Losses and log-probs of a batch under the current weights, dropout off; nothing moves."""
-        batch = batch._replace(parts=tuple(map(self._completed, batch.parts)))
-        tensors = [to_torch(part, self.policy.device) for part in batch.parts]
-        values = [self._read(part, index) for index, part in enumerate(tensors)]
-        losses, _ = self._apply(values, tensors)
-        parts = [_Part(one, value["tokens"]) for one, value in zip(losses, values, strict=True)]
-        return _report(batch, parts, 0.0, False)
+        mine, parts = self._mine(batch), self._tensors(batch)
+        own = {index: self._read(parts[index], index) for index in mine}
+        self._idle(parts, mine)
+        parts, values = self._gathered(parts, own)
+        losses, _ = self._apply(values, parts)
+        return _report(batch, [_figures(*one) for one in zip(losses, values, parts, strict=True)], 0.0, False)
 
-    def _completed(self, part: MicroBatch) -> MicroBatch:
-        """With what is the reference's and cannot be known beforehand: a moving one's log-probs, hidden rows."""
+    def _tensors(self, batch: Batch) -> list[MicroBatch]:
+        """All micro-batches on the device, this worker's own with what is the reference's and cannot be known
+        beforehand: a moving one's log-probs, hidden rows."""
+        mine, device = self._mine(batch), self.policy.device
+        return [
+            to_torch(self._with_reference(part) if index in mine else part, device)
+            for index, part in enumerate(batch.parts)
+        ]
+
+    def _with_reference(self, part: MicroBatch) -> MicroBatch:
         if self.moving is not None:
             part = part._replace(reference=reading.token_logps(self.policy, part, reference=True).tokens)
         if "token_kl" in self._statistics:
@@ -187,13 +275,17 @@ class Step:
     def save_state(self, folder: Path) -> None:
         """Write ``step_state.safetensors``: float32 masters, random state, what optimiser and objective carry from
         step to step, and a reference that moves."""
-        state = {f"masters.{name}": value for name, value in self.policy.masters.items()}
-        state |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+        slots = self.policy.slots
+        state = {f"masters.{name}": slots[name].gathered(value) for name, value in self.policy.masters.items()}
+        for name, value in self.optimizer.state().items():
+            slot = self._slot_of(name, value)
+            state[f"optimizer.{name}"] = value if slot is None else slot.gathered(value)
         state |= {f"objective.{index}": leaf for index, leaf in enumerate(self._leaves)}
         if self.moving is not None:
             state |= {f"reference.{name}": value for name, value in self.moving.save().items()}
         state["random"] = torch.tensor(self.n_drawn)
-        write_safetensors(folder / STATE, state)
+        if self.workers.rank == 0 or not self.policy.sharded:
+            write_safetensors(folder / STATE, state)
 
     def load_state(self, folder: Path) -> None:
         """Take up what ``save_state`` wrote, bit for bit.
@@ -208,18 +300,28 @@ class Step:
             raise RunError(str(error)) from error
         self._check(file, state)
         for name, value in self.policy.masters.items():
-            value.copy_(state[f"masters.{name}"])
+            value.copy_(self.policy.slots[name].sliced(state[f"masters.{name}"]))
         self.policy.place_masters()
-        self.optimizer.load(_under(state, "optimizer."))
+        moments = _under(state, "optimizer.")
+        for name, value in self.optimizer.state().items():
+            if name in moments and (slot := self._slot_of(name, value)) is not None:
+                moments[name] = slot.sliced(moments[name])
+        self.optimizer.load(moments)
         device = self.policy.device
         self._leaves = [state[f"objective.{index}"].to(device) for index in range(len(self._leaves))]
         if self.moving is not None:
             self.moving.load(_under(state, "reference."))
         self.n_drawn = int(state["random"])
 
+    def _slot_of(self, name: str, moment: Tensor) -> Slot | None:
+        """Whose a moment is that has a number for each of its parameter's, and is sliced as that is."""
+        parameter = name.partition(".")[2]
+        master = self.policy.masters.get(parameter)
+        return self.policy.slots[parameter] if master is not None and master.shape == moment.shape else None
+
     def _check(self, file: Path, state: Mapping[str, Tensor]) -> None:
         held = {name: value.shape for name, value in _under(state, "masters.").items()}
-        if held != {name: value.shape for name, value in self.policy.masters.items()}:
+        if held != {name: self.policy.slots[name].shape for name in self.policy.masters}:
             raise RunError(f"{file}: holds other parameters than this configuration trains, or is another backend's")
         if "random" not in state or state["random"].ndim:
             raise RunError(f"{file}: was written by another backend; go on with the one that the run began with")
@@ -267,26 +369,31 @@ def _rebuilt(tree: Any, leaves: Sequence[Tensor]) -> Any:
     return leaves[tree]
 
 
-def _report(batch: Batch, parts: Sequence[_Part], norm: float, skipped: bool) -> StepReport:
-    losses = np.concatenate([to_numpy(part.losses) for part in parts])
+def _figures(losses: Tensor, values: Values, part: MicroBatch) -> _Figures:
+    """Policy and reference are summed in one way, so that equal tokens give equal sums."""
+    known = None if part.reference is None else Logps(part.reference, part.mask).sums
+    return _Figures(losses.detach(), Logps(values["tokens"].detach(), part.mask).sums, known)
+
+
+def _blank(part: MicroBatch, compares: bool) -> _Figures:
+    """Another worker's part, before the sum."""
+    sums = torch.zeros_like(part.mask[:, :, 0])
+    return _Figures(torch.zeros_like(part.weights), sums, sums if compares else None)
+
+
+def _report(batch: Batch, figures: Sequence[_Figures], norm: float, skipped: bool) -> StepReport:
+    losses = np.concatenate([to_numpy(one.losses) for one in figures])
     weights = np.concatenate([np.asarray(part.weights) for part in batch.parts])
+    references = [to_numpy(one.reference) for one in figures if one.reference is not None]
     return StepReport(
         loss=float((losses * weights).sum() / max(weights.sum(), 1e-12)),
         losses=losses,
-        policy_sums=_sums([part.tokens.cpu() for part in parts], batch),
-        reference_sums=None
-        if batch.parts[0].reference is None
-        else _sums([torch.from_numpy(np.asarray(part.reference)) for part in batch.parts], batch),
+        policy_sums=stack_lists([to_numpy(one.policy) for one in figures], np.nan),
+        reference_sums=stack_lists(references, np.nan) if references else None,
         lengths=stack_lists([np.asarray(part.mask).sum(-1) for part in batch.parts], 0.0),
         grad_norm=norm,
         skipped=skipped,
     )
-
-
-def _sums(tokens: Sequence[Tensor], batch: Batch) -> np.ndarray:
-    """(B, K) sums of policy or reference, in one way, so that equal tokens give equal sums."""
-    pairs = zip(tokens, batch.parts, strict=True)
-    return stack_lists([Logps(found.numpy(), np.asarray(part.mask)).sums for found, part in pairs], np.nan)
 
 
 def make_step(
@@ -300,6 +407,7 @@ def make_step(
     seed: int = 0,
     n_groups: int = 1,
     reference_update: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> Step:
     """The update of a policy under an objective.
 
@@ -312,16 +420,36 @@ def make_step(
         n_groups: different values of the column ``groups``.
         reference_update: ``kind`` "soft" or "hard", ``alpha`` and ``every``: the reference follows the policy
             (see ``MovingReference``); its log-probs are computed in every step then. None: it stays.
+        workers: the processes that share out each batch; every one of them makes the same step.
 
     Raises:
-        ConfigError: of ``make_optimizer``; or an objective that compares whole distributions, with a head that
-            trains.
+        ConfigError: of ``make_optimizer``; an objective that compares whole distributions, with a head that
+            trains; or, of sharded weights, what needs them whole.
     """
     if "token_kl" in objective.needs and policy.network.outer:
         raise ConfigError(
             f"{objective.name} compares the policy's and the reference's whole distributions, which share one "
             f"head here; {', '.join(policy.network.outer[:3])} would train: adapt layers only"
         )
+    if policy.sharded:
+        _check_sharded(objective, optimizer, reference_update)
     chosen = make_optimizer(optimizer, weight_decay, optimizer_options)
     moving = None if reference_update is None else MovingReference(policy, **reference_update)
-    return Step(policy, objective, chosen, max_grad_norm, seed, n_groups=n_groups, moving=moving)
+    return Step(policy, objective, chosen, max_grad_norm, seed, n_groups=n_groups, moving=moving, workers=workers)
+
+
+def _check_sharded(objective: Any, optimizer: str, reference_update: Any) -> None:
+    """ConfigError for what cannot be done slice by slice."""
+    problems = []
+    if optimizer not in ("adam", "adamw", "sgd", "lion"):
+        problems.append(f"optimizer {optimizer} looks at whole matrices: adam, adamw, sgd or lion")
+    if reference_update is not None:
+        problems.append("reference.update needs a second set of passes: leave it out")
+    if "token_kl" in objective.needs:
+        problems.append(f"{objective.name} compares whole distributions: take another objective")
+    raise_all(problems, ConfigError, "training.fsdp:")
+
+
+def _squares(gradients: Values) -> Tensor:
+    """Sum of all squares, always in the same order."""
+    return torch.stack([gradients[name].square().sum() for name in sorted(gradients)]).sum()
