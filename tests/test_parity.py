@@ -25,7 +25,7 @@ from mlxpref.parity.cases import Case, Model, built_in_models, prepare_case, run
 from mlxpref.parity.draws import uniform
 from mlxpref.parity.files import ARRAYS, JSON, fingerprint, placed, read_export, write_export
 from mlxpref.parity.models import BUILT_IN, weights_of, write_model
-from mlxpref.parity.trace import adapt_experts_not
+from mlxpref.parity.trace import without_experts
 from mlxpref.records import Tokenized
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -200,10 +200,10 @@ def test_transformers_reads_every_weight_of_a_built_in_model(name: str, tmp_path
 def test_experts_are_left_out_unless_they_are_named() -> None:
     config, settings = {"num_local_experts": 4}, Settings()
     keys = [f"self_attn.{name}_proj" for name in "qkvo"]
-    assert adapt_experts_not(config, settings).lora_parameters["keys"] == keys
+    assert without_experts(config, settings).lora_parameters["keys"] == keys
     named = replace(settings, lora_parameters={"rank": 2, "scale": 1.0, "keys": ["self_attn.q_proj"]})
-    assert adapt_experts_not(config, named) == named
-    assert adapt_experts_not({"hidden_size": 8}, settings) == settings
+    assert without_experts(config, named) == named
+    assert without_experts({"hidden_size": 8}, settings) == settings
 
 
 # --- between machines ---
@@ -334,6 +334,7 @@ def run(*arguments: Any) -> Any:
         (["--against", "in", "--steps", "3"], "leave out --steps"),
         (["--against", "in", "--no-relabel"], "leave out --no-relabel"),
         (["--limit", "3"], "need --data"),
+        (["--export", "out", "--tolerance", "logps=1e-3"], "are for a comparison"),
         (["--tolerance", "logps=much"], "write NAME=X"),
         (["--tolerance", "speed=1"], "NAME one of adapters"),
         (["--objective", "dbo", "--backends", "mlx,mlx"], "did you mean dpo"),

@@ -150,13 +150,13 @@ def test_chosen_modules_are_adapted_as_in_mlx(name: str, options: dict[str, Any]
     [
         ("mixtral", {"fine_tune_type": "dora"}, r"DoRA does not reach .*block_sparse_moe\.gate.*lora_parameters\.keys"),
         ("mixtral", {"dropout": 0.1}, r"dropout does not reach .*block_sparse_moe\.gate"),
-        ("qwen3_moe", {"keys": ["mlp.switch_mlp.gate_proj"]}, "one parameter in transformers: adapt all of gate_proj, up"),
-        ("mamba", {}, r"peft cannot adapt all of .*out_proj"),
+        ("qwen3_moe", {"keys": ["mlp.switch_mlp.gate_proj"]}, "is one parameter .*: adapt all of gate_proj, up_proj"),
+        ("mamba", {}, r"reads the weights of .*dt_proj without calling"),
         ("mamba", {"keys": ["mixer.in_proj", "mixer.dt_proj"]}, r"reads the weights of .*dt_proj without calling"),
         ("gemma2", {"keys": ["model.embed_tokens"]}, r"model\.embed_tokens is the head too.*train on MLX"),
         ("llama", {"keys": ["model.embed_tokens"], "dropout": 0.1}, r"leave model\.embed_tokens out"),
         ("llama", {"keys": ["model.embed_tokens"], "fine_tune_type": "dora"}, r"DoRA .*leave model\.embed_tokens out"),
-        ("qwen3", {"keys": ["lm_head"]}, r"lm_head match no module.*known: .*self_attn\.q_proj, model\.embed_tokens$"),
+        ("qwen3", {"keys": ["lm_head"]}, r"lm_head match no module.*known: .*self_attn\.v_proj, model\.embed_tokens$"),
         ("llama", {"keys": ["attn.q", "self_attn.q_proj"]}, r"lora keys attn\.q match no module"),
     ],
 )  # fmt: skip
@@ -334,11 +334,15 @@ def test_generation_ends_where_the_model_says(tmp_path: Path, tiny_model_dir: Pa
     (path / "generation_config.json").write_text(json.dumps(said))
     policy = torch_backend.load_policy(str(path), trainable=False)
     assert torch_backend.generate(policy, prompts, max_tokens=12) == texts
-    own = free.tokenizer.encode(texts[0])
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [own[2], 5]}))
+    ids = prompts[0]
+    for _ in range(12):
+        ids = [*ids, int(logps_after(free, ids).argmax())]
+    own = ids[len(prompts[0]) :]
+    assert texts[0] == free.tokenizer.decode(own)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [own[5], 5]}))
     policy = torch_backend.load_policy(str(path), trainable=False)
-    cut = torch_backend.generate(policy, prompts[:1], max_tokens=12)[0]
-    assert texts[0].startswith(cut) and len(cut) < len(texts[0])
+    until = own[: own.index(own[5])]
+    assert torch_backend.generate(policy, prompts[:1], max_tokens=12) == [free.tokenizer.decode(until)]
 
 
 def test_sampling_is_seeded_and_shaped_as_in_mlx_lm(tiny_model_dir: Path) -> None:
@@ -360,7 +364,7 @@ def test_sampling_is_seeded_and_shaped_as_in_mlx_lm(tiny_model_dir: Path) -> Non
     assert texts(temperature=1e-4) == greedy
     # At this temperature everything is as likely: only a nucleus taken before it leaves few.
     top = logps_after(policy, prompts[0])
-    share = 0.3
+    share = 0.1
     few = int((np.cumsum(np.sort(np.exp(top))[::-1]) < share).sum()) + 1
     assert len(set(texts(temperature=1e4, top_p=share))) <= few < len(set(texts(temperature=1e4)))
 

@@ -172,8 +172,8 @@ def by_us(tmp_path_factory: pytest.TempPathFactory, given: Any, by_trl: Any) -> 
     def run(*asked: Any) -> Ran:
         if asked not in made:
             name, backend, *changes = asked
-            folder, read = tmp_path_factory.mktemp(f"{backend}-{name}"), given(name)
-            made[asked] = ours(CASES[name], backend, read.model, read.source, folder, by_trl(name).began, *changes)
+            folder, at = tmp_path_factory.mktemp(f"{backend}-{name}"), given(name)
+            made[asked] = ours(CASES[name], backend, at.model, at.source, folder, by_trl(name).began, *changes)
         return made[asked]
 
     return run
@@ -196,8 +196,7 @@ whose gradients are nothing but rounding go as far as others: Adam takes steps o
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_tokens(name: str, given: Any, by_trl: Any, tmp_path: Path) -> None:
     """Finds: another boundary, end token or BOS; a cut on one side; another order, or rows of another step."""
-    read = given(name)
-    rows = our_rows(CASES[name], read.model, read.source, tmp_path)
+    rows = our_rows(CASES[name], given(name).model, given(name).source, tmp_path)
     batches = [rows[at : at + 4] for at in range(0, len(rows), 4)]
     assert by_trl(name).rows == [row for batch in islice(cycle(batches), N_STEPS) for row in batch]
     assert len({len(ids) for row in rows for ids in row}) > 10  # so that masks and padding matter
@@ -206,6 +205,7 @@ def test_the_same_tokens(name: str, given: Any, by_trl: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_run(name: str, backend: str, by_trl: Any, by_us: Any, record_property: Any) -> None:
+    """Finds: what both backends of ours have wrong, or one: a mask, a reference, a loss, an update, a schedule."""
     them, us = by_trl(name), by_us(name, backend)
     for key, value in differences(us, them).items():
         record_property(key, value)

@@ -1,8 +1,8 @@
 """One run by TRL's ``DPOTrainer`` and one by ``mlxpref.train``, from one set of settings, side by side.
 
-Nothing of theirs is replaced: their trainer loads the model, renders and tokenizes the texts, pads, schedules, clips
-and steps. Two things are taken from one side to the other: where the adapter starts, and the prompts with the goals
-that we wrote into them.
+Nothing of theirs is replaced, only their collator listened to: their trainer loads the model, renders and tokenizes the
+texts, pads, schedules, clips and steps. Two things are taken from one side to the other: where the adapter starts, and
+the prompts with the goals that we wrote into them.
 """
 
 from __future__ import annotations

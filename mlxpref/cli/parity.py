@@ -18,6 +18,7 @@ import numpy as np
 from mlxpref import backends
 from mlxpref.cli import console
 from mlxpref.cli.sources import Reading, source_options
+from mlxpref.config import OPTIMIZER_OPTIONS
 from mlxpref.data.relabelled import is_relabelled
 from mlxpref.errors import UsageError
 from mlxpref.files import check_free, write_text
@@ -66,11 +67,18 @@ Pair = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 @click.option("--backends", "names", metavar="ONE,OTHER", help="Who computes.  [default: mlx,torch; one alone: auto]")
 @click.option("--steps", type=click.IntRange(1), metavar="N", help="Updates of the trajectory.  [default: 50]")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Rows of an update.  [default: 4]")
-@click.option("--learning-rate", type=float, metavar="X", help="Of the first update.  [default: 1e-4]")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="Of the first update.  [default: 1e-4]",
+)
 @click.option(
     "--schedule", type=click.Choice(["constant", "linear", "cosine"]), help="How the rate falls.  [default: cosine]"
 )
-@click.option("--optimizer", metavar="NAME", help="With its default options.  [default: adamw]")
+@click.option(
+    "--optimizer", type=click.Choice(list(OPTIMIZER_OPTIONS)), help="With its default options.  [default: adamw]"
+)
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora"]), help="Of the adapter.  [default: lora]")
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Of adapter and order.  [default: 0]")
 @click.option("--max-length", type=click.IntRange(8), metavar="N", help=f"Tokens of a row.  [default: {MAX_LENGTH}]")
@@ -94,7 +102,9 @@ def command(
     each with its largest and mean difference. The exit code is 1 if any is beyond its tolerance.
     """
     tolerances = _tolerances(options.pop("tolerances"))
-    _check_use(data, reading, relabel, export, against, json_file, options)
+    if export is not None and (json_file is not None or tolerances != Tolerances()):
+        raise UsageError("--json and --tolerance are for a comparison; --export writes figures of its own")
+    _check_use(data, reading, relabel, export, against, options)
     chosen = _backends(names, alone=export is not None or against is not None)
     with tempfile.TemporaryDirectory(prefix="mlxpref-parity-") as folder:
         if against is not None:
@@ -126,15 +136,13 @@ def _tolerances(given: Sequence[str]) -> Tolerances:
 
 def _check_use(
     data: str | None, reading: Reading, relabel: bool, export: Path | None, against: Path | None,
-    json_file: Path | None, options: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """UsageError for options that would do nothing."""
     if export is not None and against is not None:
         raise UsageError("--export writes what --against reads: give one of them")
     if export is not None:
         check_free(export)
-        if json_file is not None:
-            raise UsageError("--json is for a comparison; --export writes figures of its own")
     if against is not None:
         said = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, ())]
         said += ["--data"] * (data is not None) + ["--no-relabel"] * (not relabel)
@@ -157,7 +165,9 @@ def _cases(
     models: Sequence[str], data: str | None, reading: Reading, relabel: bool, options: dict[str, Any], folder: Path
 ) -> list[Case]:
     names, max_length = options.pop("objectives"), options.pop("max_length")
-    settings = Settings(**{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    more: dict[str, Any] = {"weight_decay": 0.0} if given.get("optimizer") == "adam" else {}  # it has none
+    settings = Settings(**given, **more)
     section = _section(data, reading, max_length or MAX_LENGTH)
     relabelled = relabel and not (data is not None and is_relabelled(data))
     wanted = [Model(path, path) for path in models] or built_in_models(folder)

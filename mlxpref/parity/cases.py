@@ -19,7 +19,7 @@ from mlxpref.folders import model_config
 from mlxpref.hub import model_folder
 from mlxpref.objectives import TABLE, Objective, resolve_objective
 from mlxpref.parity.models import BUILT_IN, write_model
-from mlxpref.parity.trace import Settings, adapt_experts_not, open_policy, run_trace, token_logps
+from mlxpref.parity.trace import Settings, open_policy, run_trace, token_logps, without_experts
 from mlxpref.prepare import prepare
 from mlxpref.records import Tokenized
 
@@ -112,7 +112,7 @@ def prepare_case(
         section |= _data(objective)
     found = prepare(_config(model.path, section, relabelled), needs=objective.needs)
     config = model_config(model_folder(model.path, weights=False))
-    return Case(model, adapt_experts_not(config, settings.resolved()), found.train, max(1, len(found.groups)))
+    return Case(model, without_experts(config, settings.resolved()), found.train, max(1, len(found.groups)))
 
 
 def _data(objective: Objective) -> dict[str, Any]:

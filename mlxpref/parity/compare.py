@@ -44,7 +44,7 @@ class Tolerances:
     losses: float = 1e-3
     drift: float = 1e-4
     gradients: float = 1e-4
-    update: float = 1e-3
+    update: float = 5e-3
     adapters: float = 1e-3
     way: float = 5e-2
     start: float = 1e-6

@@ -78,7 +78,7 @@ class Settings:
         return cls(**values)
 
 
-def adapt_experts_not(config: Mapping[str, Any], settings: Settings) -> Settings:
+def without_experts(config: Mapping[str, Any], settings: Settings) -> Settings:
     """Of a mixture of experts, unless modules were named, the attention's linear layers only: fused experts are
     single arrays in one library and many modules in another."""
     given = settings.lora_parameters
@@ -88,7 +88,7 @@ def adapt_experts_not(config: Mapping[str, Any], settings: Settings) -> Settings
     return replace(settings, lora_parameters={**given, "keys": keys})
 
 
-def open_policy(backend: Any, path: str, settings: Settings, *, revision: str | None = None) -> Any:
+def open_policy(backend: Any, path: str, settings: Settings) -> Any:
     """The policy in float32 with an adapter whose values every backend draws alike.
 
     Args:
@@ -102,7 +102,6 @@ def open_policy(backend: Any, path: str, settings: Settings, *, revision: str | 
         raise UsageError(f"parity compares adapters, lora or dora, not fine_tune_type {settings.fine_tune_type!r}")
     policy = backend.load_policy(
         path,
-        revision=revision,
         dtype="float32",
         fine_tune_type=settings.fine_tune_type,
         num_layers=settings.num_layers,

@@ -173,14 +173,15 @@ def _candidates(model: nn.Module, model_type: str) -> Iterator[tuple[str, str | 
     for name, module in model.named_modules():
         if module is head and tied:
             continue  # mlx-lm has no such module then
-        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        router = "Router" in type(module).__name__  # some are linear modules that give more than their output
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not router:
             yield names.to_mlx(name, model_type), name
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if key in PIECES and parameter.ndim == 3:
                 for index, (piece, _, _) in enumerate(expert_pieces(parameter, key)):
                     yield f"{expert_name(name, model_type)}.{piece}", (name, key, index)
-            elif key == "weight" and parameter.ndim == 2 and "Router" in type(module).__name__:
+            elif key == "weight" and parameter.ndim == 2 and router:
                 yield names.to_mlx(name, model_type), (name, key, 0)
 
 
@@ -243,30 +244,43 @@ def _check_possible(
 def _with_peft(
     model: nn.Module, modules: Mapping[str, str], lora: Mapping[str, Any], dora: bool
 ) -> tuple[list[Slot], list[Adapted]]:
-    if not modules:
-        return [], []
-    config = LoraConfig(
-        r=lora["rank"],
-        lora_alpha=lora["scale"] * lora["rank"],
-        lora_dropout=lora["dropout"],
-        target_modules=list(modules.values()),
-        use_dora=dora,
-        fan_in_fan_out=any(isinstance(model.get_submodule(at), Conv1D) for at in modules.values()),
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:  # modules whose weights a model reads past the module, in Mamba
-        raise ConfigError(f"peft cannot adapt all of {', '.join(sorted(set(map(_last, modules))))}: {error}") from error
     slots, adapted = [], []
-    for name, at in modules.items():
-        layer = model.get_submodule(at)
-        assert isinstance(layer, BaseTunerLayer)
+    wrapped = dict(zip(modules, _wrapped(model, list(modules.values()), lora, dora), strict=True))
+    for name, layer in wrapped.items():
         layer.scaling["default"] = lora["scale"]  # not alpha / rank, which may round
         if dora:
             layer.lora_variant["default"] = _Dora
         slots += _slots_of(name, layer)
         adapted.append(Adapted(name, layer))
     return slots, adapted
+
+
+def _wrapped(model: nn.Module, places: Sequence[str], lora: Mapping[str, Any], dora: bool) -> list[BaseTunerLayer]:
+    """peft's layers around the modules at these places, put where those were.
+
+    peft sees the modules alone, under names of no meaning: in a model that it knows it would take the names of some
+    (a shared expert's ``gate_proj``) for those of others, and adapt these.
+    """
+    found: dict[str, BaseTunerLayer] = {}
+    for transposed_weights in (False, True):
+        here = [at for at in places if isinstance(model.get_submodule(at), Conv1D) == transposed_weights]
+        if not here:
+            continue
+        apart = nn.ModuleDict({f"module_{index}": model.get_submodule(at) for index, at in enumerate(here)})
+        apart.is_loaded_in_4bit = getattr(model, "is_loaded_in_4bit", False)
+        config = LoraConfig(
+            r=lora["rank"],
+            lora_alpha=lora["scale"] * lora["rank"],
+            lora_dropout=lora["dropout"],
+            target_modules=list(apart),
+            use_dora=dora,
+            fan_in_fan_out=transposed_weights,
+        )
+        inject_adapter_in_model(config, apart)
+        for at, layer in zip(here, apart.values(), strict=True):
+            model.set_submodule(at, layer)
+            found[at] = layer
+    return [found[at] for at in places]
 
 
 def _slots_of(name: str, layer: Any) -> Iterator[Slot]:
@@ -304,10 +318,6 @@ class _Dora(DoraLinearVariant):
             adapter_name=active_adapter,
         )
         return result + more
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _embeds(layer: Any) -> bool:

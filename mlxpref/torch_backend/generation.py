@@ -73,6 +73,6 @@ def _end_tokens(policy: Policy) -> list[int]:
 
 
 def _text(policy: Policy, ids: list[int], ends: set[int]) -> str:
-    """The text before the first end token."""
+    """The text before the first end token, without the space it may begin with, as mlx-lm shows it."""
     stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
-    return str(policy.tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False))
+    return str(policy.tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)).removeprefix(" ")

@@ -347,7 +347,7 @@ def _explained(message: str) -> str:
     if "no file named" in message:
         return "no weights (model*.safetensors). Download the whole model folder again"
     if "does not recognize this architecture" in message or "Unrecognized" in message:
-        return f"transformers as installed knows no language model of this architecture; try a newer one ({first[:150]} …)"
+        return f"the installed transformers knows no language model of this architecture ({first[:140]} …)"
     if "custom code" in message or "trust_remote_code" in message:
         return "the model comes with its own code, which is not run here; what can be loaded is in transformers"
     return f"the model cannot be loaded ({first})"
