@@ -92,15 +92,19 @@ class StopSignal:
     """Remembers the first Ctrl-C or SIGTERM; a second Ctrl-C raises KeyboardInterrupt at once.
 
     It is true once it holds: of several workers, when all have agreed to stop after the same step.
+
+    Attributes:
+        received: the last signal that came to this process.
+        workers: who have to agree.
     """
 
     def __init__(self, on_signal: Callable[[int], None] | None = None, workers: Workers | None = None) -> None:
         self.received: int | None = None
         self._on_signal = on_signal
-        self._workers = Workers() if workers is None else workers
+        self.workers = Workers() if workers is None else workers
 
     def __bool__(self) -> bool:
-        return self._workers.stopping
+        return self.workers.stopping
 
     @property
     def reason(self) -> int | None:
@@ -111,7 +115,7 @@ class StopSignal:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        self._workers.wants_stop = True
+        self.workers.wants_stop = True
         if self._on_signal is not None:
             self._on_signal(number)
 
@@ -124,7 +128,7 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if self._workers.size > 1 else [])]
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if self.workers.size > 1 else [])]
         held = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
@@ -199,7 +203,9 @@ class Loop:
         try:
             return self._go(stop)
         except WorkerLost as lost:
-            raise WorkerLost(f"{lost}. {self._rescued()}") from lost
+            first = stop.workers.rank == 0
+            said = self._rescued() if first else "Go on from worker 0's last checkpoint with --resume"
+            raise WorkerLost(f"{lost}. {said}") from lost
 
     def _go(self, stop: StopSignal) -> TrainResult:
         progress = self.progress

@@ -18,6 +18,7 @@ from mlxpref.assembly import Assembly
 from mlxpref.callbacks import Callbacks, TensorBoard, TrainCallback
 from mlxpref.config import Config
 from mlxpref.config_layers import check_config, flat, read_yaml
+from mlxpref.conversion import as_mlx_folder
 from mlxpref.errors import ConfigError, MlxprefError, RunError, raise_all
 from mlxpref.loop import StopSignal, TrainResult
 from mlxpref.objectives import resolve_objective
@@ -77,7 +78,7 @@ def train(
         with run_folder(Path(config.output.adapter_path), resume=resume, workers=workers) as run:
             if resume and workers.rank == 0:
                 check_unchanged(config, run.path)
-            with machine.set_memory_policy():
+            with workers.unless_stuck(machine.set_memory_policy()):
                 assembly = Assembly(config, objective, machine, run, listeners, now, prepared, workers)
                 loop = assembly.loop(resume, clock)
                 with StopSignal(listeners.on_interrupt, workers).listening() as stop:
@@ -97,10 +98,13 @@ def train(
 
 def absolute_paths(config: Config) -> Config:
     """The same configuration with every local path made absolute, so that a run can be resumed from any folder
-    and no local name is ever taken for a hub id."""
+    and no local name is ever taken for a hub id; a PEFT adapter is replaced by what it converts to."""
 
     def absolute(path: str | None) -> str | None:
         return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
+
+    def adapter(path: str | None) -> str | None:
+        return path and str(as_mlx_folder(absolute(path) or path, model=absolute(config.model.path)))
 
     data, source = config.data, config.data.source
     if isinstance(source, str):
@@ -110,8 +114,8 @@ def absolute_paths(config: Config) -> Config:
     changes = {
         "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
         "data": data.model_copy(update={"source": source, "valid": absolute(data.valid)}),
-        "adapter": config.adapter.model_copy(update={"init_from": absolute(config.adapter.init_from)}),
-        "reference": config.reference.model_copy(update={"previous": absolute(config.reference.previous)}),
+        "adapter": config.adapter.model_copy(update={"init_from": adapter(config.adapter.init_from)}),
+        "reference": config.reference.model_copy(update={"previous": adapter(config.reference.previous)}),
     }
     return config.model_copy(update=changes)
 

@@ -17,8 +17,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from mlxpref.errors import RunError
 LOOK_SECONDS = 0.5
 """How often a worker that waits for the others looks whether they are all there."""
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 5.0
 """How long the library below has to say by itself that a worker has gone."""
 
 CONNECT_SECONDS = 30.0
@@ -132,6 +132,10 @@ class Workers:
     def tell(self, why: str) -> bool:
         """Let the others know why this worker ends; True if worker 0 says it, or has said more itself."""
         return False
+
+    def unless_stuck(self, settings: AbstractContextManager[None]) -> AbstractContextManager[None]:
+        """A library's settings, restored at the end of the block if it still listens."""
+        return settings
 
 
 class Group(Workers):
@@ -243,6 +247,17 @@ class Group(Workers):
             return False
         told = self._watch.tell(why)
         return self.rank > 0 and (told or 0 in self._watch.told)
+
+    @contextmanager
+    def unless_stuck(self, settings: AbstractContextManager[None]) -> Iterator[None]:
+        """The same, but after a sum that was left settings stay: MLX waits for that sum before it changes a limit."""
+        self._settings = settings  # held, or the end of their block would come with the last reference
+        settings.__enter__()
+        try:
+            yield
+        finally:
+            if not self._waits:
+                settings.__exit__(None, None, None)
 
     def _leave(self) -> None:
         """A thread that waits for a worker that is gone would keep the process for ever."""

@@ -135,6 +135,18 @@ def test_tolerances_are_those_given() -> None:
     assert not beyond(made(), other, Tolerances(logps=1e-3))
 
 
+def test_losses_of_hundreds_of_thousands_may_differ_in_their_last_bits() -> None:
+    """Float32 has no number between 250000 and 250000.016; a thousandth of them is another matter."""
+    one, other = made(), made()
+    for name in ("losses", "curve.loss"):
+        one[name] += np.float32(250_000)
+        other[name] = one[name] + np.float32(0.0156) * (np.arange(len(one[name])) % 2).astype(np.float32)
+    assert beyond(one, other) == set()
+    for name in ("losses", "curve.loss"):
+        other[name] = one[name] * np.float32(1.001)
+    assert beyond(one, other) == {"losses of the first batch", "loss curve"}
+
+
 def test_what_one_side_alone_shares_is_held_against_the_others_plain() -> None:
     one = made()
     one["logps.policy.shared"] = one["logps.policy"] + np.float32(1e-3)

@@ -7,6 +7,7 @@ No network: the hub is switched off in the environment, and a guard in every pro
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -68,6 +69,7 @@ NOT_RUN: Mapping[str, str] = {
     "pip install -e .": BY_CI,
     "pip install -e '.[cpu]'": BY_CI,
     "pip install -e '.[cuda]'": f"{BY_CI} where there is such a GPU",
+    "pip install -e '.[torch]'": BY_CI,
 }
 """Commands that are not run here, and why; all others are, and :data:`PROMISES` says what to look for."""
 
@@ -356,6 +358,33 @@ def with_previous(it: Followed) -> None:
     assert all(len(row["previous"]) == 2 and max(row["previous"]) < 0 for row in found)
 
 
+def carried_over(it: Followed) -> None:
+    """PEFT's two files, and ours beside them."""
+    names = {file.name for file in (it.place.folder / "adapter-peft").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "mlxpref.json"}
+
+
+def evaluated_by_torch(it: Followed) -> None:
+    """The other backend, on the adapter in the other form, finds what MLX found."""
+    assert "backend: torch" in it.ran["mlxpref evaluate #2"].stderr
+    for line in ("margin (nats)", "change of log-prob, chosen"):
+        theirs, ours = (figures(it.said(name), line) for name in ("mlxpref evaluate #2", "mlxpref evaluate"))
+        assert theirs and theirs == pytest.approx(ours, rel=2e-3, abs=2e-3)
+
+
+def agreed(it: Followed) -> None:
+    assert "the two agree" in it.said("mlxpref parity")
+
+
+def exported(it: Followed) -> None:
+    names = {file.name for file in (it.place.folder / "from-here").iterdir()}
+    assert names == {"parity.json", "parity.safetensors"}
+
+
+def agreed_with_an_export(it: Followed) -> None:
+    assert "the two agree" in it.said("mlxpref parity #3")
+
+
 def extrapolated(it: Followed) -> None:
     """The same factors, 1.3 times as strong."""
     adapters = [it.place.folder / name for name in ("adapter", "further")]
@@ -378,8 +407,17 @@ PROMISES: Mapping[str, Callable[[Followed], None]] = {
     "mlxpref columns": scored_by_a_model,
     "mlxpref relabel #2": relabelled_again,
     "mlxpref columns #2": with_previous,
+    "mlxpref convert": carried_over,
+    "mlxpref evaluate #2": evaluated_by_torch,
+    "mlxpref parity": agreed,
+    "mlxpref parity #2": exported,
+    "mlxpref parity #3": agreed_with_an_export,
     "mlxpref merge": extrapolated,
 }
+
+
+WITH_TORCH = ("mlxpref evaluate #2", "mlxpref parity", "mlxpref parity #3")
+"""Commands that need the extra torch."""
 
 
 # --- the tests ---------------------------------------------------------------------------------------
@@ -417,6 +455,8 @@ def test_the_user_has_what_readme_speaks_of() -> None:
 class TestFollowed:
     @pytest.mark.parametrize("which", PROMISES)
     def test_a_command_does_what_readme_says(self, which: str, followed: Followed) -> None:
+        if which in WITH_TORCH and importlib.util.find_spec("torch") is None:
+            pytest.skip("torch is not installed")
         done = followed.ran[which]
         assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}"
         stumbles = [line for line in (done.stdout + done.stderr).splitlines() if stumble(line, which)]

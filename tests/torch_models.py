@@ -138,6 +138,16 @@ def plain_logps(model: Any, rows: list[Tokenized]) -> list[list[np.ndarray]]:
     return [[one(row.prompt_ids, ids) for ids in row.response_ids] for row in rows]
 
 
+def whole_logits(policy: Any, row: Tokenized, slot: int) -> np.ndarray:
+    """(n, V) float64 logits that predict one slot's tokens, by a plain forward of one unpadded row."""
+    import torch
+
+    lead, ids = row.slots[slot]
+    tokens = np.concatenate([row.prompt_ids, lead, ids]).astype(np.int64)
+    with torch.no_grad():
+        return policy.model(torch.from_numpy(tokens[None, :-1])).logits[0].double().numpy()[-len(ids) :]
+
+
 def merged_model(path: Path | str, policy: Any) -> Any:
     """The base as transformers loads it, an adapter's values merged into its weights by hand."""
     import torch

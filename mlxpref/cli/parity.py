@@ -108,7 +108,7 @@ def command(
     chosen = _backends(names, alone=export is not None or against is not None)
     with tempfile.TemporaryDirectory(prefix="mlxpref-parity-") as folder:
         if against is not None:
-            found = _against(chosen[0], against, [Model(path, path) for path in models], Path(folder))
+            found = _against(chosen[0], against, [_model(path) for path in models], Path(folder))
         else:
             cases = _cases(models, data, reading, relabel, options, Path(folder))
             if export is not None:
@@ -170,12 +170,18 @@ def _cases(
     settings = Settings(**given, **more)
     section = _section(data, reading, max_length or MAX_LENGTH)
     relabelled = relabel and not (data is not None and is_relabelled(data))
-    wanted = [Model(path, path) for path in models] or built_in_models(folder)
+    wanted = [_model(path) for path in models] or built_in_models(folder)
     return [
         prepare_case(model, replace(settings, objective=objective), section, relabelled=relabelled)
         for model in wanted
         for objective in names or OBJECTIVES
     ]
+
+
+def _model(path: str) -> Model:
+    """A folder by its absolute path, so that an export names it for any working directory; or a hub id."""
+    folder = Path(path).expanduser()
+    return Model(path, str(folder.resolve()) if folder.exists() else path)
 
 
 def _section(data: str | None, reading: Reading, max_length: int) -> dict[str, Any]:

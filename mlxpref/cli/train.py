@@ -22,6 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FLAGS: Mapping[str, str] = {
     "model": "model.path",
+    "backend": "model.backend",
     "data": "data.source",
     "format": "data.format",
     "columns": "data.columns",
@@ -90,6 +91,7 @@ def _shown(default: Any) -> str:
 @click.option("-c", "--config", "file", type=click.Path(path_type=Path), help="YAML file; see configs/.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key of it.")
 @_flag("--model", metavar="FOLDER|ID", help="Model folder or hub id.")
+@_flag("--backend", metavar="NAME", help="What computes: auto, mlx or torch.")
 @_flag("--data", metavar="PATH|ID", help="File, folder or hub id of preferences, or what `mlxpref relabel` wrote.")
 @source_option("format")
 @source_option("columns")
@@ -206,8 +208,8 @@ def _columns(text: str) -> dict[str, str]:
 
 
 def _adapter_folder(path: str) -> str:
-    """The folder of mlx-lm's ``adapters.safetensors``; UsageError for another file of weights."""
-    if Path(path).name == "adapters.safetensors":
+    """The folder of mlx-lm's or PEFT's weights; UsageError for another file of weights."""
+    if Path(path).name in ("adapters.safetensors", "adapter_model.safetensors"):
         return str(Path(path).parent)
     if path.endswith(".safetensors"):
         raise UsageError(

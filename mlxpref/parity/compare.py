@@ -29,8 +29,8 @@ class Tolerances:
 
     Attributes:
         logps: nats, of each token.
-        losses: of each example of the first batch, and of each step of the curve.
-        drift: mean signed difference of the curve.
+        losses: of each example of the first batch, and of each step of the curve; no less than float32 tells apart.
+        drift: mean signed difference of the curve; likewise.
         gradients: relative to each tensor's largest entry; norms relative to themselves.
         update: of each entry, relative to how far its tensor's farthest entry moved and weighted by its share of
             the tensor's largest gradient.
@@ -108,14 +108,15 @@ def _rows(one: Arrays, other: Arrays, given: Tolerances) -> Iterator[Row]:
         if name in one:
             yield row(quantity, _absolute(one[name], other[name], "token"), given.logps)
     losses = _absolute(one["losses"], other["losses"], "example")
-    yield row("losses of the first batch", losses, given.losses, given.losses)  # too few for a mean of its own
+    allowed = max(given.losses, 4 * _resolution(one["losses"]))
+    yield row("losses of the first batch", losses, allowed, allowed)  # too few for a mean of its own
     yield row("gradients, relative", relative("gradients", of("gradients")), given.gradients)
     if _group(one, "gradients.shared"):
         found = relative("gradients.shared", of("gradients"))
         yield row("gradients, prompts shared, relative", found, given.gradients)
     yield row("first update, relative", _updates(one, other), given.update)
-    loss = _absolute(one["curve.loss"], other["curve.loss"], "step")
-    yield row("loss curve", loss, given.losses, given.drift)
+    loss, finest = _absolute(one["curve.loss"], other["curve.loss"], "step"), _resolution(one["curve.loss"])
+    yield row("loss curve", loss, max(given.losses, 4 * finest), max(given.drift, finest))
     norms = _ratios(one["curve.grad_norm"], other["curve.grad_norm"], "step")
     yield row("gradient norms, relative", norms, given.losses)
     yield row("adapter at the end, relative", relative("end", of("end")), given.adapters)
@@ -127,6 +128,12 @@ _LOGPS = {
     "logps.policy.shared": "policy log-probs, prompts shared (nats)",
     "logps.reference": "reference log-probs (nats)",
 }
+
+
+def _resolution(values: np.ndarray) -> float:
+    """What float32 tells apart at the largest of some values: some losses are squares of hundreds."""
+    finite = values[np.isfinite(values)]
+    return float(np.finfo(np.float32).eps) * float(np.abs(finite).max(initial=0.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from mlxpref import names
-from mlxpref.errors import ConfigError
+from mlxpref.errors import AdapterError, ConfigError
 from mlxpref.torch_backend.slots import PIECES, Slot, expert_name, expert_pieces, transposed
 
 
@@ -177,12 +177,22 @@ def _candidates(model: nn.Module, model_type: str) -> Iterator[tuple[str, str | 
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not router:
             yield names.to_mlx(name, model_type), name
             continue
+        router = router and _is_linear_in_mlx(names.to_mlx(name, model_type), model_type)
         for key, parameter in module.named_parameters(recurse=False):
             if key in PIECES and parameter.ndim == 3:
                 for index, (piece, _, _) in enumerate(expert_pieces(parameter, key)):
                     yield f"{expert_name(name, model_type)}.{piece}", (name, key, index)
             elif key == "weight" and parameter.ndim == 2 and router:
                 yield names.to_mlx(name, model_type), (name, key, 0)
+
+
+def _is_linear_in_mlx(router: str, model_type: str) -> bool:
+    """Whether mlx-lm has a linear module there: it has one where no path leads back to transformers."""
+    try:
+        names.to_torch(router, model_type)
+    except AdapterError:
+        return True
+    return False
 
 
 def _chosen(
