@@ -126,6 +126,7 @@ class Assembly:
                 keep_last=training.keep_last,
                 best_metric=training.best_metric,
                 early_stopping=training.early_stopping,
+                sharded=training.fsdp,
             ),
             callbacks=self.listeners,
             progress=progress,
@@ -189,6 +190,7 @@ class Assembly:
             load_in_4bit=model.load_in_4bit,
             init_from=adapter.init_from,
             grad_checkpoint=training.grad_checkpoint,
+            fsdp=training.fsdp,
             seed=training.seed,
             **new,
         )

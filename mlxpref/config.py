@@ -366,7 +366,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _adapter_contradictions(config.adapter)
     yield from _reference_contradictions(config.reference, config.adapter)
     yield from _optimizer_contradictions(config.optimizer)
-    yield from _training_contradictions(config.training)
+    yield from _training_contradictions(config.training, config.adapter, config.reference)
     if config.relabel is not None and config.relabel.halves != "both" and config.relabel.plain_share == 1:
         yield "relabel.plain_share 1 leaves no conditioned row for relabel.halves: leave out relabel"
     prompt, whole = config.tokenization.max_prompt_length, config.tokenization.max_length
@@ -442,9 +442,16 @@ def _optimizer_contradictions(optimizer: OptimizerSection) -> Iterator[str]:
         )
 
 
-def _training_contradictions(training: TrainingSection) -> Iterator[str]:
+def _training_contradictions(
+    training: TrainingSection, adapter: AdapterSection, reference: ReferenceSection
+) -> Iterator[str]:
     if training.iters is not None and training.epochs is not None:
         yield "training.iters and training.epochs both set the length of the run: keep one"
+    if training.fsdp and adapter.fine_tune_type != "full":
+        yield "training.fsdp is for adapter.fine_tune_type: full; an adapter's base is in memory whole"
+    for key in ("update", "momentum"):
+        if training.fsdp and getattr(reference, key) is not None:
+            yield f"reference.{key} with training.fsdp: it needs a second set of weights; leave one of them out"
     if training.val_batches == 0:
         yield "training.val_batches 0: write steps_per_eval: 0 for no evaluation, or -1 for all batches"
     if training.best_metric is not None and training.best_metric not in BEST_METRICS:

@@ -139,7 +139,10 @@ class StopSignal:
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """When to do what, in steps; 0 is never for ``steps_per_eval``."""
+    """When to do what, in steps; 0 is never for ``steps_per_eval``.
+
+    ``sharded``: every worker holds a slice of the weights, so that without one of them there are no weights to save.
+    """
 
     save_every: int
     steps_per_report: int
@@ -147,6 +150,7 @@ class LoopSettings:
     keep_last: int | None
     best_metric: str | None
     early_stopping: int | None
+    sharded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +322,13 @@ class Loop:
     def _rescued(self) -> str:
         """Save the last whole step, and say how to go on."""
         step = self.progress.step
-        if not step:
-            return "No step was done yet: start again"
+        if not step or (self.settings.sharded and self.checkpoint is None):
+            return "Nothing was saved yet: start again"
+        if self.settings.sharded:
+            return (
+                f"Its slice of the weights is gone with it: go on from {self.checkpoint} with  mlxpref train "
+                f"--adapter-path {shlex.quote(str(self.run.path))} --resume"
+            )
         self._save()
         return (
             f"Step {step} of {self.n_steps} was the last that all did, and it is saved: go on with  mlxpref train "

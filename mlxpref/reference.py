@@ -228,7 +228,8 @@ def logps_pass(
     """
     if not rows:
         return
-    group = Workers() if workers is None else workers
+    # Through weights that are shared out all workers go together: each computes everything then.
+    group = Workers() if workers is None or policy.sharded else workers
     plan = plan_pass(
         rows,
         micro_batch_tokens=micro_batch_tokens,

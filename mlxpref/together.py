@@ -25,7 +25,15 @@ OF_EACH_MACHINE = ("output.", "reference.store", "reference.previous", "model.pa
 
 
 class NoRunFolder(RunFolder):
-    """The run folder as the other workers have it: they read and write nothing."""
+    """The run folder as the other workers have it: they read and write nothing.
+
+    Attributes:
+        sharded: every worker holds a slice of the weights, and takes part in bringing them together to be saved.
+    """
+
+    def __init__(self, path: Path, *, sharded: bool = False) -> None:
+        super().__init__(path)
+        self.sharded = sharded
 
     def begin(self, config: str, facts: Mapping[str, Any]) -> None: ...
 
@@ -40,17 +48,26 @@ class NoRunFolder(RunFolder):
     def log(self, metrics: Mapping[str, Any]) -> None: ...
 
     def save(self, step: int, write: Write, state: Mapping[str, Any], *, keep_last: int | None) -> Path:
-        return self.path
+        return self._taken_part(write)
 
     def save_best(self, write: Write, facts: Mapping[str, Any]) -> Path:
+        return self._taken_part(write)
+
+    def _taken_part(self, write: Write) -> Path:
+        if self.sharded:
+            write(self.path)  # a backend writes sharded weights on worker 0 alone
         return self.path
 
 
 @contextmanager
-def run_folder(path: Path, *, resume: bool, workers: Workers) -> Iterator[RunFolder]:
-    """``open_run`` on worker 0, a stand-in on the others."""
+def run_folder(path: Path, *, resume: bool, workers: Workers, sharded: bool = False) -> Iterator[RunFolder]:
+    """``open_run`` on worker 0, a stand-in on the others.
+
+    Args:
+        sharded: every worker holds a slice of the weights.
+    """
     if workers.rank > 0:
-        yield NoRunFolder(path)
+        yield NoRunFolder(path, sharded=sharded)
         return
     with open_run(path, resume=resume) as run:
         yield run

@@ -73,9 +73,12 @@ def train(
     objective = resolve_objective(config.objective)
     machine = backend if backend is not None else backends.get(config.model.backend)
     workers: Workers = machine.workers()
-    listeners = Callbacks([*callbacks, *_reporters(config, machine)] if workers.rank == 0 else [])
+    listeners = Callbacks([])
     try:
-        with run_folder(Path(config.output.adapter_path), resume=resume, workers=workers) as run:
+        if workers.rank == 0:
+            listeners = Callbacks([*callbacks, *_reporters(config, machine)])
+        folder, sharded = Path(config.output.adapter_path), config.training.fsdp
+        with run_folder(folder, resume=resume, workers=workers, sharded=sharded) as run:
             if resume and workers.rank == 0:
                 check_unchanged(config, run.path)
             with workers.unless_stuck(machine.set_memory_policy()):

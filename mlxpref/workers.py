@@ -234,6 +234,7 @@ class Group(Workers):
         )
 
     def finish(self) -> None:
+        _ignore_launcher()
         try:
             self.sum_numpy(np.zeros(1, np.float32))
         except WorkerLost:
@@ -241,8 +242,7 @@ class Group(Workers):
                 raise
 
     def tell(self, why: str) -> bool:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the launcher, for the others' sake: say it first
+        _ignore_launcher()
         if self._watch is None:
             return False
         told = self._watch.tell(why)
@@ -357,6 +357,13 @@ class Watch:
     def close(self) -> None:
         for made in self._sockets.values():
             made.close()
+
+
+def _ignore_launcher() -> None:
+    """A launcher ends all workers (SIGTERM) when one has ended; this one is ending by itself, and has something to say
+    or an exit code of its own."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _read(made: socket.socket, n_bytes: int) -> bytes:

@@ -34,6 +34,7 @@ class FakePolicy:
     reference: np.ndarray
     fingerprint: str = "0123456789abcdef"
     share_prompts: bool = True
+    sharded: bool = False
     way: str = "shared"
     path: str = "fake"
     notes: tuple[str, ...] = ()

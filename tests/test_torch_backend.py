@@ -142,6 +142,31 @@ def test_chosen_modules_are_adapted_as_in_mlx(name: str, options: dict[str, Any]
     assert_logps(read(torch_backend, policy, rows, share=False), expected)
 
 
+def test_dense_layers_between_experts_are_adapted(model_of: Any) -> None:
+    """peft takes a ``gate_proj`` of this architecture for one of the experts', and would adapt those."""
+    _, policy = agree(model_of("qwen3_moe", mlp_only_layers=[1]), num_layers=-1, shares=(False,))
+    assert "model.layers.1.mlp.gate_proj.lora_a" in policy.values()
+
+
+def test_doras_dropout_is_in_its_low_rank_term_alone(model_of: Any) -> None:
+    """peft drops the base's inputs, too: with a term of zero and another magnitude, dropout would change the output."""
+    import torch
+
+    from mlxpref import torch_backend
+
+    lora = {"rank": 4, "scale": 2.0, "dropout": 0.5}
+    policy = torch_backend.load_policy(str(model_of("gpt2")), fine_tune_type="dora", lora_parameters=lora)
+    values = {name: value * (1.3 if name.endswith(".m") else 1) for name, value in policy.values().items()}
+    policy.set_values(values)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        quiet = policy.model(ids).logits
+        policy.model.train()
+        np.testing.assert_allclose(policy.model(ids).logits.numpy(), quiet.numpy(), atol=1e-5)
+        policy.set_values(jittered(values))
+        assert (policy.model(ids).logits - policy.model(ids).logits).abs().max() > 1e-2
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 

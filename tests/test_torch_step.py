@@ -118,6 +118,7 @@ def both(tiny_model_dir: Path) -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.mlx
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_three_updates_are_those_of_mlx(both: tuple[Any, Any], name: str) -> None:
     """Losses, norms and log-probs under every objective, with what it carries from step to step."""
@@ -399,6 +400,9 @@ def test_half_width_models_train_with_float32_masters(kind: str, tiny_model_dir:
         expected = torch.from_numpy(policy.values()[name]).to(value.dtype)
         assert torch.equal(value, expected)
     assert all(p.dtype == torch.bfloat16 for p in policy.model.parameters() if not p.requires_grad)
+    for name in (name for name in before if name.endswith(".m")):
+        weight = policy.model.get_submodule(name.removesuffix(".m")).get_base_layer().weight
+        np.testing.assert_allclose(before[name], weight.float().norm(dim=1).numpy(), rtol=1e-6)
 
 
 def test_half_width_log_probs_are_reduced_in_float32(tiny_model_dir: Path) -> None:

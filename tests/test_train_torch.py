@@ -65,7 +65,11 @@ def test_resumed_equals_uninterrupted_byte_for_byte(configure: Any, tmp_path: Pa
 @pytest.mark.mlx
 @pytest.mark.parametrize(
     "settings",
-    [[], ["objective=[{name: bco}, {name: group_robust}]", *STATES[1:]]],  # the others divide, or cut, by noise here
+    [
+        [],
+        # STATES' other objectives divide, or cut, by noise here
+        pytest.param(["objective=[{name: bco}, {name: group_robust}]", *STATES[1:]], marks=pytest.mark.slow),
+    ],
     ids=["dpo", "states"],
 )
 def test_a_run_is_that_of_mlx(configure: Any, tmp_path: Path, settings: list[str], uncompiled: None) -> None:
@@ -104,6 +108,7 @@ def test_starting_from_an_adapter_takes_it_as_reference(configure: Any, tmp_path
     assert losses(run(configure(TORCH, *more)).folder)[0] == pytest.approx(np.log(2), abs=2e-6)
 
 
+@pytest.mark.slow
 def test_momentum_carries_the_reference_on(configure: Any, tmp_path: Path) -> None:
     """Finds: a setting nobody reads, a base that is the adapter, a previous round exchanged with this one."""
     first = run(configure(TORCH, "objective.beta=1.0"))

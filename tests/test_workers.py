@@ -428,7 +428,7 @@ class TestTwoWorkers:
         process = launched("-m", "mlxpref", "train", "-c", str(folder / "run.yaml"), "--adapter-path", str(run), *more)
         while not (run / "metrics.jsonl").exists() and process.poll() is None:
             time.sleep(0.05)
-        own = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        own = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
         for pid in own.stdout.split():
             os.kill(int(pid), signal.SIGINT)
         out, err = process.communicate(timeout=120)

@@ -79,6 +79,11 @@ class Policy:
         return self.way == "shared"
 
     @property
+    def sharded(self) -> bool:
+        """Whether every worker holds a slice of the weights: never here."""
+        return False
+
+    @property
     def n_trainable(self) -> int:
         return sum(value.size for value in self.trainable().values())
 

@@ -153,7 +153,7 @@ def _fitting_scale(backend: ModuleType, case: Case) -> float:
     values = policy.values()
     reference = _sums(token_logps(backend, policy, rows, reference=True))
     scale = 1.0
-    for power in range(2, -10, -1):
+    for power in range(6, -10, -1):
         scale = 2.0**power
         factor = scale / float(case.settings.lora_parameters["scale"])
         policy.set_values({name: v * factor if name.endswith("lora_b") else v for name, v in values.items()})

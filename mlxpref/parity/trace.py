@@ -15,6 +15,7 @@ import numpy as np
 
 from mlxpref.data.batching import collate, collate_step
 from mlxpref.data.columns import available_columns, widths_of
+from mlxpref.data.parts import PlannedPart
 from mlxpref.data.plan import Plan, plan_pass, plan_steps
 from mlxpref.errors import UsageError
 from mlxpref.objectives import Objective, check_widths, resolve_objective
@@ -24,6 +25,7 @@ from mlxpref.reference import kinds_of
 from mlxpref.schedules import make_schedule
 
 Arrays = dict[str, np.ndarray]
+Steps = tuple[tuple[PlannedPart, ...], ...]
 
 MAX_SHAPES = 12
 """Shapes of micro-batches; each is compiled once."""
@@ -176,23 +178,34 @@ class _Batches:
     settings: Settings
     reference: list[list[np.ndarray]]
 
-    def plan(self, *, share: bool, steps: int) -> Plan:
+    def plan(self) -> Steps:
+        """The trajectory: :meth:`first`, then as in training, both halves of a pair in one batch; whole rows."""
+        return (self.first(share=False), *self._plan(self.rows, share=False, steps=self.settings.steps).steps[1:])
+
+    def first(self, *, share: bool) -> tuple[PlannedPart, ...]:
+        """A batch where no two halves of a pair meet. Near the reference their slopes are opposite: what is left of
+        their sum is small, and as large as the rounding of what it is left of."""
+        places = [place for place, row in enumerate(self.rows) if row.half != "rejected"] or range(len(self.rows))
+        plan = self._plan([self.rows[place] for place in places], share=share, steps=1)
+        return tuple(replace(part, rows=tuple(places[row] for row in part.rows)) for part in plan.steps[0])
+
+    def _plan(self, rows: Sequence[Tokenized], *, share: bool, steps: int) -> Plan:
         settings = self.settings
         return plan_steps(
-            self.rows,
+            rows,
             batch_size=settings.batch_size,
             iters=steps,
             micro_batch_tokens=settings.micro_batch_tokens,
             share_prompts=share,
             seed=settings.seed,
-            max_shapes=max(MAX_SHAPES, kinds_of(self.rows)),
+            max_shapes=max(MAX_SHAPES, kinds_of(rows)),
         )
 
-    def of(self, plan: Plan, index: int) -> Batch:
+    def of(self, parts: Sequence[PlannedPart]) -> Batch:
         needs = self.objective
         columns = needs.reads & (needs.from_data | available_columns(self.rows))
         known = self.reference if "reference" in needs.needs else None
-        return collate_step(self.rows, plan.steps[index], known, columns)
+        return collate_step(self.rows, parts, known, columns)
 
 
 def _trajectory(
@@ -214,17 +227,17 @@ def _trajectory(
         seed=settings.seed,
         n_groups=n_groups,
     )
-    plan = batches.plan(share=False, steps=settings.steps)
-    first = batches.of(plan, 0)
+    plan = batches.plan()
+    first = batches.of(plan[0])
     found = {"losses": _in_order(first, step.evaluate(first))}
     found |= {f"gradients.{name}": value for name, value in step.gradients(first).items()}
     if policy.share_prompts:
-        shared = batches.of(batches.plan(share=True, steps=1), 0)
+        shared = batches.of(batches.first(share=True))
         found |= {f"gradients.shared.{name}": value for name, value in step.gradients(shared).items()}
     rate = make_schedule(settings.schedule, learning_rate=settings.learning_rate, n_steps=settings.steps)
     losses, norms = [], []
-    for index in range(settings.steps):
-        report = step(batches.of(plan, index), rate(index))
+    for index, parts in enumerate(plan):
+        report = step(batches.of(parts), rate(index))
         losses.append(math.nan if report.skipped else report.loss)
         norms.append(report.grad_norm)
         if index == 0:

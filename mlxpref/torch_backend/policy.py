@@ -29,8 +29,9 @@ from mlxpref.folders import (
     vocabulary_size,
 )
 from mlxpref.hub import model_folder
-from mlxpref.torch_backend.adapting import Adapted, adapt, check_reached, layer_prefix
+from mlxpref.torch_backend.adapting import adapt, layer_prefix
 from mlxpref.torch_backend.arrays import to_numpy
+from mlxpref.torch_backend.layers import Adapted, check_reached
 from mlxpref.torch_backend.loading import dtype_name, load_model
 from mlxpref.torch_backend.logps import Network
 from mlxpref.torch_backend.sharding import shard
