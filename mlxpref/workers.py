@@ -191,7 +191,7 @@ class Group(Workers):
     def _watched(self, call: Callable[[], Any]) -> Any:
         """What a call gives that waits for the others, unless one of them goes meanwhile."""
         if self._waits:
-            raise self._lost("a sum was left before")
+            raise self.lost("a sum was left before")
         box: list[Any] = []
         done = threading.Event()
         self._waits = True
@@ -199,7 +199,7 @@ class Group(Workers):
         try:
             while not done.wait(LOOK_SECONDS):
                 if self._watch is not None and self._watch.lost and not done.wait(GRACE_SECONDS):
-                    raise self._lost()
+                    raise self.lost()
         except KeyboardInterrupt:
             self._exit_code = 130
             raise
@@ -209,9 +209,10 @@ class Group(Workers):
             return found
         if not isinstance(error, RuntimeError):
             raise error
-        raise self._lost(str(error)) from error
+        raise self.lost(str(error)) from error
 
-    def _lost(self, error: str = "") -> WorkerLost:
+    def lost(self, error: str = "") -> WorkerLost:
+        """What to raise where a worker has gone; ``error`` is what the library below says of it."""
         if self._watch is not None and self._watch.ended.wait(GRACE_SECONDS):
             rank, why = next(iter(self._watch.lost.items()))
             return WorkerLost(f"worker {rank} (of 0 to {self.size - 1}) was lost: {why}")

@@ -274,12 +274,10 @@ training: {{iters: 10, steps_per_eval: 5, save_every: 100}}
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """A configuration with its data: 42 rows of very different lengths in batches of 5, the ninth of 2."""
-    made = tmp_path_factory.mktemp("workers")
+def written_rows() -> list[dict[str, Any]]:
+    """Pairs of very different lengths."""
     stories = [f"Once upon a time there was a {a} {b}." for a in ("little", "big") for b in ("girl", "cat", "dog")]
-    rows = [
+    return [
         {
             "prompt": f"Write story {i}.",
             "chosen": stories[i % 6] + " The cat said hello." * (i * i % 11 + 1),
@@ -288,7 +286,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pa
         }
         for i in range(26)
     ]  # fmt: skip
-    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A configuration with its data: 42 rows of very different lengths in batches of 5, the ninth of 2."""
+    made = tmp_path_factory.mktemp("workers")
+    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written_rows()))
     shutil.copytree(tiny_model_dir, made / "model")
     (made / "run.yaml").write_text(RUN.format(folder=made))
     return made

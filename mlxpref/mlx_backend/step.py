@@ -200,8 +200,11 @@ class Step:
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """Gradients of the batch's mean loss by parameter, float32, before clipping; no weight or moment moves."""
-        _, gradients, _, _ = self._differentiated(batch)
-        return {name: np.array(value) for name, value in gradients.items()}
+        try:
+            _, gradients, _, _ = self._differentiated(batch)
+            return {name: np.array(value) for name, value in gradients.items()}
+        finally:
+            self.policy.set_masters(self.policy.masters)  # a trace may have left its own arrays in the model
 
     def _differentiated(self, batch: Batch) -> tuple[Batch, dict[str, mx.array], list[_Sums], Any]:
         """The batch completed, gradients of its mean loss, figures of its parts, and the objective's next state.
