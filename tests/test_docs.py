@@ -101,7 +101,8 @@ def test_what_is_imported_is_declared() -> None:
     """What only arrives with something else may leave with it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["tensorboard"], *extras["wandb"], *extras["swanlab"]]
+    optional = (extras[name] for name in ("torch", "tensorboard", "wandb", "swanlab"))
+    lines = [*project["dependencies"], *(line for lines in optional for line in lines)]
     declared = {re.split(r"[\[<>=;]", line)[0].replace("-", "_").replace("pyyaml", "yaml") for line in lines}
     found = {name for file in (ROOT / "mlxpref").rglob("*.py") for name in imported(file)}
     assert not found - declared - sys.stdlib_module_names - {"mlxpref"}
