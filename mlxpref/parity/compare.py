@@ -116,7 +116,8 @@ def _rows(one: Arrays, other: Arrays, given: Tolerances) -> Iterator[Row]:
         yield row("gradients, prompts shared, relative", found, given.gradients)
     yield row("first update, relative", _updates(one, other), given.update)
     loss, finest = _absolute(one["curve.loss"], other["curve.loss"], "step"), _resolution(one["curve.loss"])
-    yield row("loss curve", loss, max(given.losses, 4 * finest), max(given.drift, finest))
+    few = given.losses / len(one["curve.loss"])  # of a few steps a mean is no drift: one of them may make it
+    yield row("loss curve", loss, max(given.losses, 4 * finest), max(given.drift, few, finest))
     norms = _ratios(one["curve.grad_norm"], other["curve.grad_norm"], "step")
     yield row("gradient norms, relative", norms, given.losses)
     yield row("adapter at the end, relative", relative("end", of("end")), given.adapters)
