@@ -83,6 +83,8 @@ class Assembly:
         for text in (*(f"warning: {text}" for text in run.said), *self.workers.said):
             self.listeners.on_note(text)
         policy = self._policy()
+        for text in policy.notes:
+            self.listeners.on_note(f"warning: {text}")
         step = self._step(policy, n_groups=len(data.groups))  # what it refuses is refused before the run begins
         plan = self._plan(data.train, policy)
         check_alike(self.workers, config, data.fingerprint, policy, plan)

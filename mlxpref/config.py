@@ -447,7 +447,7 @@ def _training_contradictions(
 ) -> Iterator[str]:
     if training.iters is not None and training.epochs is not None:
         yield "training.iters and training.epochs both set the length of the run: keep one"
-    if training.fsdp and adapter.fine_tune_type != "full":
+    if training.fsdp and adapter.init_from is None and adapter.fine_tune_type != "full":
         yield "training.fsdp is for adapter.fine_tune_type: full; an adapter's base is in memory whole"
     for key in ("update", "momentum"):
         if training.fsdp and getattr(reference, key) is not None:

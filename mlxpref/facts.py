@@ -16,7 +16,7 @@ from typing import Any
 from mlxpref.config import Config
 from mlxpref.data.plan import Plan
 from mlxpref.data.words import counted
-from mlxpref.errors import AdapterError, RunError, raise_all
+from mlxpref.errors import AdapterError, ConfigError, RunError, raise_all
 from mlxpref.files import file_digest, safetensors_header
 from mlxpref.hub import model_folder
 from mlxpref.objectives import Objective
@@ -181,10 +181,19 @@ def check_start(config: Config) -> None:
         folder = Path(given)
         if not folder.is_dir():
             raise AdapterError(f"{key} {folder}: no such folder; give an adapter or run folder")
-        _, header = read_adapter_folder(folder, f"{key} {folder}")
+        settings, header = read_adapter_folder(folder, f"{key} {folder}")
+        _check_bits(settings, config.model.load_in_4bit, f"{key} {folder}")
         model = model_folder(config.model.path, revision=config.model.revision, weights=False)
         shapes = {name: entry["shape"] for name, entry in header.items()}
         check_fits(shapes, model, f"{key} {folder}: this adapter was made for another model than {config.model.path}:")
+
+
+def _check_bits(settings: Mapping[str, Any], load_in_4bit: bool, called: str) -> None:
+    """ConfigError if an adapter was trained on a base of 4 bits and would go on over another, or the reverse."""
+    model = (settings.get("mlxpref") or {}).get("model") or {}
+    if model.get("load_in_4bit", load_in_4bit) != load_in_4bit:
+        before = "on the base as it is" if load_in_4bit else "on a base of 4 bits"
+        raise ConfigError(f"{called} was trained {before}: set model.load_in_4bit: {str(not load_in_4bit).lower()}")
 
 
 def read_adapter_folder(folder: Path, called: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -245,8 +254,15 @@ def _strangers(adapter: Mapping[str, Sequence[int]], model: Mapping[str, list[in
         weight = model.get(f"{module}.weight")
         width = shape[0] if factor == "lora_a" else shape[1]
         packed = factor == "lora_a" and f"{module}.scales" in model
-        if weight is not None and width not in weight and not packed:
+        if weight is None or packed:
+            continue
+        if width not in weight:
             yield f"{name}: {width} wide, the model's weight there is {tuple(weight)}"
+            continue
+        other = adapter.get(f"{module}.lora_b") if factor == "lora_a" else None
+        whole = f"{module}.scales" not in model
+        if other is not None and whole and len(other) == 2 and sorted((width, other[1])) != sorted(weight):
+            yield f"{module}: from {width} to {other[1]}, the model's weight there is {tuple(weight)}"
 
 
 def check_same(known: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> Iterator[str]:
@@ -257,6 +273,9 @@ def check_same(known: Mapping[str, Any], facts: Mapping[str, Any], folder: Path)
     """
     if not known:
         return
+    before, now = (run["starts"][-1].get("device", {}).get("backend") for run in (known, facts))
+    if before != now:
+        raise RunError(f"{folder}: began on {before}, and a run goes on where it began: --backend {before}, not {now}")
     watched = [
         ("data", "fingerprint"), ("data", "recipe"), ("model", "fingerprint"), ("reference", "previous_sha256"),
         ("plan", "steps"),

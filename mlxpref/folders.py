@@ -128,7 +128,7 @@ class Base(NamedTuple):
     Attributes:
         path: folder or hub id. revision: of the hub id.
         fingerprint: of the weights it was trained on; None for an adapter that another program made.
-        load_in_4bit: it was trained on a base quantised while loading.
+        load_in_4bit: it was trained on a base quantised while loading, and no other is asked for.
     """
 
     path: str
@@ -152,8 +152,8 @@ def read_base(folder: Path, model_path: str | None) -> Base:
         raise AdapterError(f"{folder / CONFIG}: names no base model; give one with --model")
     ours = config.get("mlxpref", {})
     model = ours.get("model") or {}
-    revision = model.get("revision") if model_path is None else None
-    return Base(str(base), revision, ours.get("base_fingerprint"), bool(model.get("load_in_4bit")))
+    own = model if model_path is None else {}
+    return Base(str(base), own.get("revision"), ours.get("base_fingerprint"), bool(own.get("load_in_4bit")))
 
 
 def check_tensors(

@@ -323,7 +323,8 @@ class Loop:
         """Save the last whole step, and say how to go on."""
         step = self.progress.step
         if not step or (self.settings.sharded and self.checkpoint is None):
-            return "Nothing was saved yet: start again"
+            folder = shlex.quote(str(self.run.path))
+            return f"Nothing was saved yet:  mlxpref train --adapter-path {folder} --resume  begins anew"
         if self.settings.sharded:
             return (
                 f"Its slice of the weights is gone with it: go on from {self.checkpoint} with  mlxpref train "

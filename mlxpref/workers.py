@@ -113,7 +113,8 @@ class Workers:
         """RunError on every worker, naming what differs and where, unless all have worker 0's facts."""
         if self.size == 1:
             return
-        first = json.loads(self.share(json.dumps(dict(facts)).encode()))
+        first = {"set of settings": "", **json.loads(self.share(json.dumps(dict(facts)).encode()))}
+        facts = {"set of settings": " ".join(facts.keys() - first.keys()), **facts}  # empty, if worker 0 has all
         table = np.zeros((self.size, len(first)), np.float32)
         table[self.rank] = [facts.get(name) != value for name, value in first.items()]
         table = self.sum_numpy(table.ravel()).reshape(table.shape)
@@ -125,6 +126,10 @@ class Workers:
                 if row.any()
             ]
             raise RunError(headline + "\n" + "\n".join(lines))
+
+    def left(self) -> bool:
+        """Whether another worker has gone."""
+        return False
 
     def finish(self) -> None:
         """Wait until worker 0 has written and said everything: a launcher ends all when one has ended."""
@@ -207,9 +212,12 @@ class Group(Workers):
         found, error = box[0]
         if error is None:
             return found
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError) or "out of memory" in str(error).lower():
             raise error
         raise self.lost(str(error)) from error
+
+    def left(self) -> bool:
+        return self._watch is not None and self._watch.ended.wait(GRACE_SECONDS)
 
     def lost(self, error: str = "") -> WorkerLost:
         """What to raise where a worker has gone; ``error`` is what the library below says of it."""

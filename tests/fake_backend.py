@@ -30,6 +30,7 @@ calls = {"token_logps": 0, "evaluate": 0, "update": 0, "load_policy": 0}
 class Policy:
     way, fine_tune_type, share_prompts, sharded = "shared", "lora", True, False
     n_parameters = VOCABULARY**2
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: str, seed: int, rank: int, init: Mapping[str, np.ndarray] | None = None) -> None:
         digest = hashlib.sha256((Path(path) / "model.safetensors").read_bytes())

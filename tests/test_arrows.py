@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "momentum": set(),
     "tensors": VALUES | {"files"},
     "adapters": FILED | {"facts", "folders", "tensors"},
-    "conversion": FILED | {"adapters", "data", "names", "reference", "tensors"},
+    "conversion": FILED | {"adapters", "data", "facts", "names", "reference", "tensors"},
     "merging": FILED | {"adapters", "conversion", "facts", "tensors"},
     "callbacks": VALUES | {"loop"},  # loop: the type of its result
     "prepare": SPINE,

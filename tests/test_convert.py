@@ -814,7 +814,7 @@ def listing(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "no adapter of mlx-lm's or PEFT's"),
+    "no folder": (shutil.rmtree, "no such folder"),
     "no weights": (lambda at: (at / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "pickle": (
         lambda at: (at / "adapter_model.safetensors").rename(at / "adapter_model.bin"), "save_pretrained"
@@ -859,3 +859,15 @@ def test_the_form_it_has_is_no_conversion(make_peft: Callable[..., Path], tmp_pa
     ran = run(make_peft(), "--out", tmp_path / "out", "--to", "peft")
     assert ran.exit_code == 2 and "in the form of PEFT already" in ran.stderr
     assert run(make_peft("b"), "--out", tmp_path / "out", "--to", "gguf").exit_code == 2
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_a_base_of_another_shape_is_refused(
+    form: str, make_mlx: Callable[..., Path], make_peft: Callable[..., Path], make_model_dir: Any, tmp_path: Path
+) -> None:
+    """Converted with the words of another model, it would load nowhere."""
+    other = make_model_dir(hidden_size=48, intermediate_size=80)
+    given = make_mlx() if form == "mlx" else make_peft()
+    ran = run(given, "--out", tmp_path / "out", "--model", other)
+    assert ran.exit_code == 1 and "was made for another model" in ran.stderr, ran.output
+    assert not (tmp_path / "out").exists()

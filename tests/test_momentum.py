@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,24 @@ def test_a_broken_previous_adapter_is_found_before_data_are_read(tmp_path: Path,
     (tmp_path / "b" / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterError, match=r"reference\.previous .*no such folder"):
         check_start(config)
+
+
+@pytest.mark.parametrize("trained, now", [(True, False), (False, True)])
+def test_an_adapter_goes_on_over_the_base_it_was_trained_on(
+    trained: bool, now: bool, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Four bits of each weight are another model: its log-probs would be the reference's without a word."""
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "adapters.safetensors")
+    facts = json.dumps({"mlxpref": {"model": {"load_in_4bit": trained}}})
+    (tmp_path / "adapter_config.json").write_text(facts)
+    for bits in (trained, now):
+        config = load(
+            model={"path": str(tiny_model_dir), "load_in_4bit": bits}, adapter={"init_from": str(tmp_path)}
+        )
+        if bits == trained:
+            check_start(config)
+            continue
+        with pytest.raises(ConfigError, match=f"set model.load_in_4bit: {str(trained).lower()}"):
+            check_start(config)

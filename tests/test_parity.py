@@ -325,6 +325,8 @@ def test_models_are_found_by_their_weights(exported: Path, llama: Model, tmp_pat
     other = Model("other", str(write_model("llama", tmp_path / "other", seed=1)))
     with pytest.raises(RunError, match=f"not the model of the export.*{fingerprint(other)}"):
         list(placed(export, [], lambda name: other))
+    with pytest.raises(RunError, match=r"other: none of the export's models has these weights; leave it out"):
+        list(placed(export, [llama, other], built_in))
     gone = replace(export, cases=(replace(export.cases[0], model=Model("mine", str(tmp_path / "gone"))),))
     with pytest.raises(RunError, match="gone is not here"):
         list(placed(gone, [other], built_in))
@@ -366,7 +368,7 @@ def test_exported_here_and_checked_there(llama: Model, tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     ran = run("--backends", "mlx", "--against", tmp_path / "out", "--json", tmp_path / "figures.json")
     assert ran.exit_code == 0, ran.output
-    assert "1 cases: the two agree" in ran.output
+    assert "1 case: the two agree" in ran.output
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["ok"] and {row["largest"] for row in figures["cases"][0]["quantities"]} == {0.0}
     assert [side["backend"] for side in figures["sides"]] == ["mlx_backend"] * 2

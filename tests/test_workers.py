@@ -192,6 +192,15 @@ def test_what_differs_is_named_on_every_worker(group: list[Threads]) -> None:
         assert str(error) == "the same:\n  worker 2: another data fingerprint than worker 0"
 
 
+def test_a_setting_that_only_another_worker_has_is_named(group: list[Threads]) -> None:
+    """Finds a comparison along worker 0's settings alone: an option given on one machine would train another loss."""
+    facts = {"setting objective": "dpo"}
+    more = {"setting objective.label_smoothing": "0.3"}
+    for error in everywhere(group, lambda one: one.check_alike(facts | (more if one.rank == 1 else {}), "the same:")):
+        assert isinstance(error, RunError)
+        assert str(error) == "the same:\n  worker 1: another set of settings than worker 0"
+
+
 def test_a_sum_is_left_when_a_worker_goes_and_the_library_does_not_notice(group: list[Threads]) -> None:
     """Finds a run that waits for ever: the sums of 0 and 1 never come back, and the watch alone knows."""
     group[2].silent.set()

@@ -20,8 +20,9 @@ from mlxpref.cli import console
 from mlxpref.cli.sources import Reading, source_options
 from mlxpref.config import OPTIMIZER_OPTIONS
 from mlxpref.data.relabelled import is_relabelled
-from mlxpref.errors import UsageError
-from mlxpref.files import check_free, write_text
+from mlxpref.data.words import counted
+from mlxpref.errors import RunError, UsageError
+from mlxpref.files import write_text
 from mlxpref.parity import Row, Settings, Tolerances, compare_traces
 from mlxpref.parity.cases import (
     MAX_LENGTH,
@@ -141,8 +142,8 @@ def _check_use(
     """UsageError for options that would do nothing."""
     if export is not None and against is not None:
         raise UsageError("--export writes what --against reads: give one of them")
-    if export is not None:
-        check_free(export)
+    if export is not None and export.exists() and (export.is_file() or any(export.iterdir())):
+        raise RunError(f"--export {export}: is there already, and nothing is overwritten; choose another folder")
     if against is not None:
         said = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, ())]
         said += ["--data"] * (data is not None) + ["--no-relabel"] * (not relabel)
@@ -231,7 +232,8 @@ def _export(backend: ModuleType, cases: Sequence[Case], folder: Path) -> None:
     with closing(console.Stages()) as report:
         fitted = chain.from_iterable(with_fitting_scale(backend, some) for some in _by_model(cases))
         write_export(folder, run_cases(backend, list(fitted), _named(report, backend)), machine_facts(backend))
-    console.say(f"{folder}: {len(cases)} cases; on the other machine: mlxpref parity --against {folder.name}")
+    n_cases = counted(len(cases), "case")
+    console.say(f"{folder}: {n_cases}; on the other machine: mlxpref parity --against {folder.name}")
 
 
 def _named(report: console.Stages, backend: ModuleType) -> Any:
@@ -260,9 +262,9 @@ def _judge(found: Iterable[tuple[Case, Pair, list[Any]]], tolerances: Tolerances
         content = {"ok": not beyond, "sides": about, "tolerances": asdict(tolerances), "cases": records}
         write_text(json_file, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
     if beyond:
-        console.say(f"{beyond} quantities beyond their tolerance")
+        console.say(f"{beyond} quantities are beyond their tolerance")
         raise SystemExit(1)
-    console.say(f"{len(records)} cases: the two agree")
+    console.say(f"{counted(len(records), 'case')}: the two agree")
 
 
 def _show(case: Case, rows: Sequence[Row], about: Sequence[Mapping[str, Any]]) -> None:

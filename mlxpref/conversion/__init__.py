@@ -19,6 +19,7 @@ from mlxpref.conversion.folders import WEIGHTS as PEFT_WEIGHTS
 from mlxpref.conversion.incoming import from_peft
 from mlxpref.conversion.outgoing import to_peft
 from mlxpref.errors import AdapterError, UsageError
+from mlxpref.facts import check_fits
 from mlxpref.files import file_digest, refused
 from mlxpref.reference import default_store_folder
 
@@ -60,10 +61,12 @@ def convert(folder: str | Path, *, to: str | None = None, model: str | None = No
     """
     at = Path(folder)
     kind = kind_of(at)
+    if not at.is_dir():
+        raise AdapterError(f"{at}: no such folder")
     if kind is None:
         raise AdapterError(
             f"{at}: no adapter of mlx-lm's or PEFT's; the one is adapter_config.json and adapters.safetensors, the "
-            "other adapter_config.json and adapter_model.safetensors"
+            "other adapter_config.json (JSON that can be read) and adapter_model.safetensors"
         )
     if to == kind:
         raise UsageError(f"{at}: an adapter in the form of {_maker(kind)} already; there is nothing to convert")
@@ -71,12 +74,20 @@ def convert(folder: str | Path, *, to: str | None = None, model: str | None = No
         peft = read_peft(at)
         base = _base_of_peft(peft, model)
         mlx, said = from_peft(peft, base)
+        _check_base(mlx, base, at)
         return Converted("mlx", mlx, peft, base, tuple(said))
     mlx = read_adapter(at)
     revision = (mlx.facts.get("model") or {}).get("revision")
     base = base_of(at, mlx.model, revision, model)
+    _check_base(mlx, base, at)
     peft, said = to_peft(mlx, base)
     return Converted("peft", mlx, peft, base, tuple(said))
+
+
+def _check_base(mlx: Adapter, base: Base, folder: Path) -> None:
+    """AdapterError if the base's own tensors, where they are on this disk, show that the adapter is another model's."""
+    shapes = {name: tensor.shape for name, tensor in mlx.tensors.items()}
+    check_fits(shapes, base.folder, f"{folder}: this adapter was made for another model than {base.name}:")
 
 
 def _maker(kind: str) -> str:

@@ -21,7 +21,16 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlxpref.errors import ConfigError, ModelError
-from mlxpref.folders import base_hash, n_trained, read_settings, reference_hash, resolve_lora, vocabulary_size
+from mlxpref.folders import (
+    base_hash,
+    check_base,
+    n_trained,
+    read_base,
+    read_settings,
+    reference_hash,
+    resolve_lora,
+    vocabulary_size,
+)
 from mlxpref.hub import model_folder
 from mlxpref.mlx_backend import compiler
 from mlxpref.mlx_backend.logps import Network, find_body
@@ -213,8 +222,7 @@ def load_policy(
     folder = model_folder(path, revision=revision)
     model, config = _load(folder)
     _cast(model, dtype)
-    if load_in_4bit:
-        _quantise(model, folder)
+    notes = _quantise(model, folder) if load_in_4bit else []
     tokenizer = _tokenizer(folder, config)
     mx.random.seed(seed)
     model.freeze()
@@ -230,10 +238,12 @@ def load_policy(
         config, fine_tune_type, num_layers, lora,
         base_fingerprint=base, fingerprint=reference_hash(base, said, init_from),
     )  # fmt: skip
+    policy.notes += notes
     if trainable:
         _choose_trainable(policy)
         if init_from is not None:
             adapter.load_weights(policy, Path(init_from))
+            check_base(Path(init_from), policy, read_base(Path(init_from), None).fingerprint, chosen=True)
         _set_precision(policy)
         if init_from is not None or fine_tune_type == "full":
             policy.initial = policy.trainable()
@@ -302,18 +312,31 @@ def _cast(model: nn.Module, dtype: str | None) -> None:
     mx.eval(model.parameters())
 
 
-def _quantise(model: nn.Module, folder: Path) -> None:
-    """4 bits a weight in groups of 64, every module whose width allows it. ModelError if it is quantised already."""
+def _quantise(model: nn.Module, folder: Path) -> list[str]:
+    """4 bits a weight in groups of 64, every module whose width allows it; what could not be done.
+
+    Raises:
+        ModelError: it is quantised already, or nothing of it can be.
+    """
     if any("scales" in module for _, module in model.named_modules()):
         raise ModelError(f"{folder}: is quantised already; leave model.load_in_4bit out")
     keep = getattr(model, "quant_predicate", None)
 
     def chosen(name: str, module: nn.Module) -> Any:
-        fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
-        return fits and (keep is None or keep(name, module))
+        if not hasattr(module, "to_quantized"):
+            return False
+        whole = bool(module.weight.shape[-1] % 64)
+        (left if whole else done).append(name)
+        return not whole and (keep is None or keep(name, module))
 
+    done: list[str] = []
+    left: list[str] = []
     nn.quantize(model, group_size=64, bits=4, class_predicate=chosen)
+    if not done:
+        raise ModelError(f"{folder}: no width is a multiple of 64, as 4 bits need; leave model.load_in_4bit out")
     mx.eval(model.parameters())
+    what = f"{len(left)} of {len(done) + len(left)} modules, {left[0]} for one" if left else ""
+    return [f"not quantised, because their width is no multiple of 64: {what}"] if left else []
 
 
 def dtype_name(model: nn.Module) -> str:

@@ -165,13 +165,15 @@ def placed(export: Export, models: Sequence[Model], built_in: Callable[[str], Mo
         built_in: writes a built-in model.
 
     Raises:
-        RunError: a model is not here, or is another one.
+        RunError: a model is not here, or is another one, or one was given that the export does not have.
     """
     known = {fingerprint(model): model for model in models}
     for case in export.cases:
         if case.fingerprint not in known:
             known[case.fingerprint] = _found(case, models, built_in)
         yield replace(case, model=replace(known[case.fingerprint], name=case.model.name))
+    for name in known.keys() - {case.fingerprint for case in export.cases}:
+        raise RunError(f"{known[name].path}: none of the export's models has these weights; leave it out")
 
 
 def _found(case: Case, models: Sequence[Model], built_in: Callable[[str], Model]) -> Model:

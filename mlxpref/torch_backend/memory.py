@@ -19,7 +19,7 @@ def device_info() -> dict[str, Any]:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return {"backend": "torch", "kind": "cuda", "device_name": found.name, "memory_size": found.total_memory}
-    return {"backend": "torch", "kind": "cpu", "device_name": f"cpu, {torch.get_num_threads()} threads"}
+    return {"backend": "torch", "kind": "cpu", "device_name": f"{torch.get_num_threads()} threads"}
 
 
 def memory() -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlxpref import names
@@ -21,8 +22,10 @@ from mlxpref.data.tokenization import load_tokenizer
 from mlxpref.errors import ConfigError, ModelError
 from mlxpref.folders import (
     base_hash,
+    check_base,
     model_config,
     n_trained,
+    read_base,
     read_settings,
     reference_hash,
     resolve_lora,
@@ -130,7 +133,15 @@ class Policy:
 
     def to_save(self) -> dict[str, Tensor]:
         """What an adapter folder holds: float32 factors, or full weights in the model's dtype."""
-        return {name: slot.gathered(slot.value).contiguous().cpu() for name, slot in self.slots.items()}
+        return dict(self.gathered({name: (slot, slot.value) for name, slot in self.slots.items()}))
+
+    def gathered(self, values: Mapping[str, tuple[Slot | None, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors in main memory, brought together one at a time; sharded ones on the first worker alone."""
+        first = not self.sharded or dist.get_rank() == 0
+        for name, (slot, value) in values.items():
+            whole = value if slot is None else slot.gathered(value)
+            if first:
+                yield name, whole.detach().contiguous().cpu()
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -250,6 +261,7 @@ def load_policy(
         _choose_trainable(policy, seed)
         if init_from is not None:
             adapter.load_weights(policy, Path(init_from))
+            check_base(Path(init_from), policy, read_base(Path(init_from), None).fingerprint, chosen=True)
         policy.masters = {
             name: slot.value if slot.parameter.dtype == torch.float32 else slot.value.float()
             for name, slot in policy.slots.items()

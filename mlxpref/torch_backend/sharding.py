@@ -40,7 +40,8 @@ def shard(model: nn.Module, layers: Iterable[nn.Module]) -> Sharded:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise ConfigError(
-            "training.fsdp shares a model out over several processes: start them with torchrun, or leave it out"
+            "training.fsdp shares a model out over several processes: start them with torchrun, or go on "
+            "without slices (--set training.fsdp=false)"
         )
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in layers:
@@ -56,9 +57,8 @@ def watched(workers: Workers) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if isinstance(workers, Group) and (isinstance(error, dist.DistError) or "gloo" in said or "peer" in said):
-            raise workers.lost(said.splitlines()[0]) from error
+        if isinstance(workers, Group) and workers.left():
+            raise workers.lost(str(error).splitlines()[0]) from error
         raise
 
 

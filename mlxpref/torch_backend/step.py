@@ -279,10 +279,12 @@ class Step:
         """Write ``step_state.safetensors``: float32 masters, random state, what optimiser and objective carry from
         step to step, and a reference that moves."""
         slots = self.policy.slots
-        state = {f"masters.{name}": slots[name].gathered(value) for name, value in self.policy.masters.items()}
+        held: dict[str, tuple[Slot | None, Tensor]] = {
+            f"masters.{name}": (slots[name], value) for name, value in self.policy.masters.items()
+        }
         for name, value in self.optimizer.state().items():
-            slot = self._slot_of(name, value)
-            state[f"optimizer.{name}"] = value if slot is None else slot.gathered(value)
+            held[f"optimizer.{name}"] = (self._slot_of(name, value), value)
+        state = dict(self.policy.gathered(held))
         state |= {f"objective.{index}": leaf for index, leaf in enumerate(self._leaves)}
         if self.moving is not None:
             state |= {f"reference.{name}": value for name, value in self.moving.save().items()}

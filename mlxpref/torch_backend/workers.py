@@ -73,12 +73,17 @@ class TorchWorkers(Group):
         return super().sum(values)
 
     def _all_sum(self, values: torch.Tensor) -> torch.Tensor:
-        total = values.detach().clone()
-        if total.is_cuda:
-            torch.cuda.set_device(self._device)
-        dist.all_reduce(total)
-        if total.is_cuda:
-            torch.cuda.synchronize(self._device)
+        if not values.is_cuda:
+            total = values.detach().clone()
+            dist.all_reduce(total)
+            return total
+        # On a stream of its own: a sum that never ends must not keep the others from being saved.
+        torch.cuda.set_device(self._device)
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(stream):
+            total = values.detach().clone()
+            dist.all_reduce(total)
+        stream.synchronize()
         return total
 
     def _given(self, values: np.ndarray) -> torch.Tensor:
