@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
@@ -143,7 +144,19 @@ class Workers:
         return settings
 
 
-class Group(Workers):
+_formed: dict[Callable[[Mapping[str, str]], Workers], Workers] = {}
+
+
+def formed(form: Callable[[Mapping[str, str]], Workers]) -> Workers:
+    """The group that ``form`` makes of the environment: made once in a process, with no wish to stop."""
+    if form not in _formed:
+        _formed[form] = form(os.environ)
+    group = _formed[form]
+    group.wants_stop = group.stopping = False
+    return group
+
+
+class Group(Workers, ABC):
     """Several processes. A backend says how sums are made: ``_all_sum``, ``_given`` and ``_numpy``.
 
     Sums are made in a thread of their own, so that a signal is heard and a worker's end noticed while they wait.
@@ -167,15 +180,17 @@ class Group(Workers):
 
     # --- sums ---
 
+    @abstractmethod
     def _all_sum(self, values: Any) -> Any:
         """(n,) of the backend's, complete when it returns; RuntimeError when a worker has gone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _given(self, values: np.ndarray) -> Any:
-        raise NotImplementedError
+        """A NumPy array as the backend's."""
 
+    @abstractmethod
     def _numpy(self, values: Any) -> np.ndarray:
-        raise NotImplementedError
+        """The backend's array as NumPy's."""
 
     def sum(self, values: Any) -> Any:
         self.n_sums += 1

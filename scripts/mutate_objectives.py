@@ -498,7 +498,7 @@ def judge_imported(mutant: Mutant, source: bytes, names: set[str], without: set[
     sys.meta_path.insert(0, Edited(mutant.module, source))
     try:
         import mlxpref.objectives  # noqa: F401 - does it import at all?
-    except BaseException as error:
+    except BaseException as error:  # a mutant may end in any way, by SystemExit too
         return "stillborn", f"{type(error).__name__}: {error}"[:200]
     if check == "import":
         return "survived", ""

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / "mlxpref"
 
 VALUES = {"records", "errors"}
 FILED = VALUES | {"files", "locks", "hub"}
-NAMED = {"names", "folders", "workers", "optimizer_options"}
+NAMED = {"names", "folders", "workers", "optimizer_options", "steps"}
 SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "rewards", "data", "config", "config_layers"}
 LOOP = SPINE | {"runs", "facts", "reference", "momentum", "schedules", "callbacks", "loop", "prepare", "assembly"}
 LOOP |= {"workers", "together"}
@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer_options": VALUES,
     "folders": VALUES,
     "workers": VALUES,
+    "steps": VALUES | {"workers"},
     "together": FILED | {"config", "config_layers", "data", "runs", "workers"},
     "mlx_backend": FILED | NAMED | {"ops", "objectives", "data", "callbacks", "blas"},
     "torch_backend": FILED | NAMED | {"ops", "objectives", "data", "callbacks"},

@@ -135,7 +135,7 @@ def everywhere(group: list[Threads], call: Callable[[Threads], Any]) -> list[Any
     def one(at: int) -> None:
         try:
             found[at] = call(group[at])
-        except Exception as error:
+        except Exception as error:  # what it raised is what is looked at
             found[at] = error
 
     threads = [threading.Thread(target=one, args=(at,)) for at in range(len(group))]

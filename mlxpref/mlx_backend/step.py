@@ -25,7 +25,8 @@ from mlxpref.mlx_backend.optimizers import make_optimizer
 from mlxpref.mlx_backend.policy import Policy
 from mlxpref.objectives import Objective
 from mlxpref.objectives.registry import FROM_MODEL
-from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
+from mlxpref.records import Batch, Logps, MicroBatch, StepReport
+from mlxpref.steps import Figures, columns, parts_of, report
 from mlxpref.workers import Workers
 
 STATE = "step_state.safetensors"
@@ -38,26 +39,8 @@ class _Part(NamedTuple):
     tokens: mx.array
 
 
-class _Sums(NamedTuple):
-    """What is reported of one micro-batch: losses (B,), log-probs (B, S) of policy and reference, or None."""
-
-    losses: mx.array
-    policy: mx.array
-    reference: mx.array | None
-
-
 Values = dict[str, mx.array]
 """``tokens`` (B, S, L), and by name what else a model says of each token."""
-
-
-def columns(values: Values, batch: MicroBatch) -> dict[str, Any]:
-    """What an objective may ask for, by name."""
-    found: dict[str, Any] = {**batch.extras, **values, "policy": Logps(values["tokens"], batch.mask)}
-    if batch.reference is not None:
-        found["reference"] = Logps(batch.reference, batch.mask)
-    if batch.scores is not None:
-        found["scores"] = batch.scores
-    return found
 
 
 class Step:
@@ -196,7 +179,7 @@ class Step:
         if self.moving is not None and done:
             self.moving.follow()
         self._tidy()
-        return _report(batch, found, float(norm.item()), not done)
+        return report(batch, found, np.array, norm=float(norm.item()), skipped=not done)
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """Gradients of the batch's mean loss by parameter, float32, before clipping; no weight or moment moves."""
@@ -206,7 +189,7 @@ class Step:
         finally:
             self.policy.set_masters(self.policy.masters)  # a trace may have left its own arrays in the model
 
-    def _differentiated(self, batch: Batch) -> tuple[Batch, dict[str, mx.array], list[_Sums], Any]:
+    def _differentiated(self, batch: Batch) -> tuple[Batch, dict[str, mx.array], list[Figures], Any]:
         """The batch completed, gradients of its mean loss, figures of its parts, and the objective's next state.
 
         Of several workers each computes its own parts, and all have the same when it returns. Nothing has changed
@@ -215,7 +198,7 @@ class Step:
         self._train_mode(True)
         random, key = mx.random.split(self.random)
         keys = [mx.random.split(key, index + 2)[-1] for index in range(len(batch.parts))]
-        mine = self._mine(batch)
+        mine = parts_of(self.workers, batch)
         batch = self._completed(batch, mine)
         arrays = [to_mlx(part) for part in batch.parts]
         if self.objective.coupled:
@@ -229,12 +212,6 @@ class Step:
             state = self.state
         self.random = random
         return batch, gradients, found, state
-
-    def _mine(self, batch: Batch) -> list[int]:
-        """The parts that this worker computes."""
-        alone = self.workers.size == 1
-        owners = batch.workers or [0] * len(batch.parts)
-        return [index for index, owner in enumerate(owners) if alone or owner == self.workers.rank]
 
     def _compares(self, arrays: Sequence[MicroBatch]) -> bool:
         """Whether there is a reference."""
@@ -276,7 +253,7 @@ class Step:
 
     def _coupled(
         self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
-    ) -> tuple[list[MicroBatch], dict[str, mx.array], list[_Sums], Any]:
+    ) -> tuple[list[MicroBatch], dict[str, mx.array], list[Figures], Any]:
         """The same of losses that depend on the whole batch, and the objective's next state.
 
         All log-probs first; then the objective on all of them, whose slopes towards each token go back
@@ -326,7 +303,7 @@ class Step:
     def evaluate(self, batch: Batch) -> StepReport:
         """Losses and log-probs of a batch under the current weights, dropout off; nothing moves."""
         self._train_mode(False)
-        mine = self._mine(batch)
+        mine = parts_of(self.workers, batch)
         batch = self._completed(batch, mine)
         arrays, own = [to_mlx(part) for part in batch.parts], {}
         for index in mine:
@@ -334,7 +311,7 @@ class Step:
             mx.eval(own[index])
         arrays, values = self._gathered(arrays, own)
         losses, _ = self._apply(values, arrays)
-        return _report(batch, _all_sums(losses, values, arrays), 0.0, False)
+        return report(batch, _all_sums(losses, values, arrays), np.array, norm=0.0, skipped=False)
 
     def _completed(self, batch: Batch, mine: Sequence[int]) -> Batch:
         """With what is the reference's and cannot be known beforehand, in this worker's parts: a moving one's
@@ -418,40 +395,25 @@ def _seed(key: mx.array) -> None:
     mx.random.state[0][:] = key
 
 
-def _report(batch: Batch, found: Sequence[_Sums], norm: float, skipped: bool) -> StepReport:
-    losses = np.concatenate([np.array(part.losses) for part in found])
-    weights = np.concatenate([np.asarray(part.weights) for part in batch.parts])
-    references = [np.array(part.reference) for part in found if part.reference is not None]
-    return StepReport(
-        loss=float((losses * weights).sum() / max(weights.sum(), 1e-12)),
-        losses=losses,
-        policy_sums=stack_lists([np.array(part.policy) for part in found], np.nan),
-        reference_sums=stack_lists(references, np.nan) if references else None,
-        lengths=stack_lists([np.asarray(part.mask).sum(-1) for part in batch.parts], 0.0),
-        grad_norm=norm,
-        skipped=skipped,
-    )
-
-
-def _sums(part: _Part, batch: MicroBatch) -> _Sums:
+def _sums(part: _Part, batch: MicroBatch) -> Figures:
     """Sums (B, S) of policy and reference, by one kernel, so that equal tokens give equal sums.
 
     Summed here and not in the compiled step: a sum that the objective forms as well, returned beside
     the losses, breaks the fused graph ("_Map_base::at", MLX 0.32.4).
     """
     known = None if batch.reference is None else Logps(batch.reference, batch.mask).sums
-    return _Sums(part.losses, Logps(part.tokens, batch.mask).sums, known)
+    return Figures(part.losses, Logps(part.tokens, batch.mask).sums, known)
 
 
-def _all_sums(losses: Sequence[mx.array], values: Sequence[Values], arrays: Sequence[MicroBatch]) -> list[_Sums]:
+def _all_sums(losses: Sequence[mx.array], values: Sequence[Values], arrays: Sequence[MicroBatch]) -> list[Figures]:
     given = zip(losses, values, arrays, strict=True)
     return [_sums(_Part(one, value["tokens"]), part) for one, value, part in given]
 
 
-def _blank_sums(batch: MicroBatch, compares: bool) -> _Sums:
+def _blank_sums(batch: MicroBatch, compares: bool) -> Figures:
     """Another worker's part, before the sum."""
     n, slots, _ = batch.mask.shape
-    return _Sums(mx.zeros(n), mx.zeros((n, slots)), mx.zeros((n, slots)) if compares else None)
+    return Figures(mx.zeros(n), mx.zeros((n, slots)), mx.zeros((n, slots)) if compares else None)
 
 
 def make_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxpref.errors import RunError, UsageError
-from mlxpref.workers import Group, Workers
-
-_formed: list[Workers] = []
+from mlxpref.workers import Group, Workers, formed
 
 
 def workers() -> Workers:
@@ -24,11 +21,7 @@ def workers() -> Workers:
         RunError: the group cannot be formed.
         UsageError: another library's launcher made the processes.
     """
-    if not _formed:
-        _formed.append(_form(os.environ))
-    group = _formed[0]
-    group.wants_stop = group.stopping = False
-    return group
+    return formed(_form)
 
 
 def _form(environment: Mapping[str, str]) -> Workers:

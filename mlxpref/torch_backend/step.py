@@ -5,9 +5,10 @@ What the optimiser sees is the whole batch; how it is split into micro-batches c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from mlxpref.errors import AdapterError, ConfigError, RunError, raise_all
 from mlxpref.objectives import Objective
 from mlxpref.objectives.registry import FROM_MODEL
-from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
+from mlxpref.records import Batch, Logps, MicroBatch, StepReport
+from mlxpref.steps import Figures, columns, parts_of, report
 from mlxpref.torch_backend import reading
 from mlxpref.torch_backend.adapter import read_safetensors, write_safetensors
 from mlxpref.torch_backend.arrays import to_numpy, to_torch
@@ -31,14 +33,6 @@ STATE = "step_state.safetensors"
 
 Values = dict[str, Tensor]
 """``tokens`` (B, S, L), and by name what else a model says of each token."""
-
-
-class _Figures(NamedTuple):
-    """What a step reports of one micro-batch: losses (B,), log-probs of policy and reference (B, S), or None."""
-
-    losses: Tensor
-    policy: Tensor
-    reference: Tensor | None
 
 
 class Step:
@@ -104,20 +98,20 @@ class Step:
             self._leaves = state
             if self.moving is not None:
                 self.moving.follow()
-        return _report(batch, figures, float(norm), not finite)
+        return report(batch, figures, to_numpy, norm=float(norm), skipped=not finite)
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """Gradients of the batch's mean loss by parameter, float32, before clipping; no weight or moment moves."""
         gradients, _, _, _ = self._differentiated(batch)
         return {name: to_numpy(self.policy.slots[name].gathered(value)) for name, value in gradients.items()}
 
-    def _differentiated(self, batch: Batch) -> tuple[Values, Tensor, list[_Figures], list[Tensor]]:
+    def _differentiated(self, batch: Batch) -> tuple[Values, Tensor, list[Figures], list[Tensor]]:
         """Gradients of the batch's mean loss, their norm, figures of its parts, and the objective's next state.
 
         Of several workers each computes its own parts, and all have the same when it returns. Nothing has changed
         when it raises WorkerLost.
         """
-        mine, parts = self._mine(batch), self._tensors(batch)
+        mine, parts = parts_of(self.workers, batch), self._tensors(batch)
         self.policy.model.zero_grad(set_to_none=True)
         self.policy.model.train()
         try:
@@ -137,7 +131,7 @@ class Step:
             return gradients, own["squares"].sqrt(), figures, state
         return own, _squares(own).sqrt(), figures, state
 
-    def _one_by_one(self, parts: Sequence[MicroBatch], mine: Collection[int]) -> tuple[list[_Figures], list[Tensor]]:
+    def _one_by_one(self, parts: Sequence[MicroBatch], mine: Collection[int]) -> tuple[list[Figures], list[Tensor]]:
         """Backward through each micro-batch for itself."""
         total = sum(part.weights.sum() for part in parts)
         found = [_blank(part, self._compares(part)) for part in parts]
@@ -150,7 +144,7 @@ class Step:
         self._idle(parts, mine)
         return found, self._leaves
 
-    def _coupled(self, parts: Sequence[MicroBatch], mine: Collection[int]) -> tuple[list[_Figures], list[Tensor]]:
+    def _coupled(self, parts: Sequence[MicroBatch], mine: Collection[int]) -> tuple[list[Figures], list[Tensor]]:
         """The same of losses that depend on the whole batch.
 
         All log-probs first; then the objective on all of them, whose slopes towards each token go back through the
@@ -180,13 +174,6 @@ class Step:
         (loss * self.workers.size if self.policy.sharded else loss).backward()
 
     # --- several workers ---
-
-    def _mine(self, batch: Batch) -> list[int]:
-        """The parts that this worker computes."""
-        alone = self.workers.size == 1
-        owners = batch.workers or [0] * len(batch.parts)
-        self._most = max(map(list(owners).count, owners))
-        return [index for index, owner in enumerate(owners) if alone or owner == self.workers.rank]
 
     def _idle(self, parts: Sequence[MicroBatch], mine: Sequence[int]) -> None:
         """Through sharded weights all workers go equally often: pass with those that have more parts."""
@@ -231,7 +218,7 @@ class Step:
         cut = iter(total[:-1].split([leaf.numel() for leaf in leaves]))
         shaped = [[None if leaf is None else next(cut).view(leaf.shape) for leaf in group] for group in listed]
         return [
-            dict(zip(group, new, strict=True)) if isinstance(group, Mapping) else _Figures(*new)
+            dict(zip(group, new, strict=True)) if isinstance(group, Mapping) else Figures(*new)
             for group, new in zip(groups, shaped, strict=True)
         ]
 
@@ -248,18 +235,20 @@ class Step:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepReport:
         """Losses and log-probs of a batch under the current weights, dropout off; nothing moves."""
-        mine, parts = self._mine(batch), self._tensors(batch)
+        mine, parts = parts_of(self.workers, batch), self._tensors(batch)
         with watched(self.workers):
             own = {index: self._read(parts[index], index) for index in mine}
             self._idle(parts, mine)
         parts, values = self._gathered(parts, own)
         losses, _ = self._apply(values, parts)
-        return _report(batch, [_figures(*one) for one in zip(losses, values, parts, strict=True)], 0.0, False)
+        figures = [_figures(*one) for one in zip(losses, values, parts, strict=True)]
+        return report(batch, figures, to_numpy, norm=0.0, skipped=False)
 
     def _tensors(self, batch: Batch) -> list[MicroBatch]:
         """All micro-batches on the device, this worker's own with what is the reference's and cannot be known
         beforehand: a moving one's log-probs, hidden rows."""
-        mine, device = self._mine(batch), self.policy.device
+        mine, device = parts_of(self.workers, batch), self.policy.device
+        self._most = max(Counter(batch.workers).values(), default=len(mine))
         return [
             to_torch(self._with_reference(part) if index in mine else part, device)
             for index, part in enumerate(batch.parts)
@@ -334,16 +323,6 @@ class Step:
             raise RunError(f"{file}: was written by a run with another objective")
 
 
-def columns(values: Values, batch: MicroBatch) -> dict[str, Any]:
-    """What an objective may ask for, by name."""
-    found: dict[str, Any] = {**batch.extras, **values, "policy": Logps(values["tokens"], batch.mask)}
-    if batch.reference is not None:
-        found["reference"] = Logps(batch.reference, batch.mask)
-    if batch.scores is not None:
-        found["scores"] = batch.scores
-    return found
-
-
 def _under(state: Mapping[str, Tensor], prefix: str) -> Values:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -374,31 +353,16 @@ def _rebuilt(tree: Any, leaves: Sequence[Tensor]) -> Any:
     return leaves[tree]
 
 
-def _figures(losses: Tensor, values: Values, part: MicroBatch) -> _Figures:
+def _figures(losses: Tensor, values: Values, part: MicroBatch) -> Figures:
     """Policy and reference are summed in one way, so that equal tokens give equal sums."""
     known = None if part.reference is None else Logps(part.reference, part.mask).sums
-    return _Figures(losses.detach(), Logps(values["tokens"].detach(), part.mask).sums, known)
+    return Figures(losses.detach(), Logps(values["tokens"].detach(), part.mask).sums, known)
 
 
-def _blank(part: MicroBatch, compares: bool) -> _Figures:
+def _blank(part: MicroBatch, compares: bool) -> Figures:
     """Another worker's part, before the sum."""
     sums = torch.zeros_like(part.mask[:, :, 0])
-    return _Figures(torch.zeros_like(part.weights), sums, sums if compares else None)
-
-
-def _report(batch: Batch, figures: Sequence[_Figures], norm: float, skipped: bool) -> StepReport:
-    losses = np.concatenate([to_numpy(one.losses) for one in figures])
-    weights = np.concatenate([np.asarray(part.weights) for part in batch.parts])
-    references = [to_numpy(one.reference) for one in figures if one.reference is not None]
-    return StepReport(
-        loss=float((losses * weights).sum() / max(weights.sum(), 1e-12)),
-        losses=losses,
-        policy_sums=stack_lists([to_numpy(one.policy) for one in figures], np.nan),
-        reference_sums=stack_lists(references, np.nan) if references else None,
-        lengths=stack_lists([np.asarray(part.mask).sum(-1) for part in batch.parts], 0.0),
-        grad_norm=norm,
-        skipped=skipped,
-    )
+    return Figures(torch.zeros_like(part.weights), sums, sums if compares else None)
 
 
 def make_step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -11,12 +10,10 @@ import torch
 import torch.distributed as dist
 
 from mlxpref.errors import RunError, UsageError
-from mlxpref.workers import Group, Workers
+from mlxpref.workers import Group, Workers, formed
 
 PATIENCE = timedelta(days=7)
 """A worker may wait long for another (it reads a model, it saves); one that has gone is noticed otherwise."""
-
-_formed: list[Workers] = []
 
 
 def workers() -> Workers:
@@ -28,11 +25,7 @@ def workers() -> Workers:
         RunError: the group cannot be formed.
         UsageError: another library's launcher made the processes.
     """
-    if not _formed:
-        _formed.append(_form(os.environ))
-    group = _formed[0]
-    group.wants_stop = group.stopping = False
-    return group
+    return formed(_form)
 
 
 def _form(environment: Mapping[str, str]) -> Workers:
