@@ -260,8 +260,7 @@ def _strangers(adapter: Mapping[str, Sequence[int]], model: Mapping[str, list[in
             yield f"{name}: {width} wide, the model's weight there is {tuple(weight)}"
             continue
         other = adapter.get(f"{module}.lora_b") if factor == "lora_a" else None
-        whole = f"{module}.scales" not in model
-        if other is not None and whole and len(other) == 2 and sorted((width, other[1])) != sorted(weight):
+        if other is not None and len(other) == 2 and sorted((width, other[1])) != sorted(weight):
             yield f"{module}: from {width} to {other[1]}, the model's weight there is {tuple(weight)}"
 
 

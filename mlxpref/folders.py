@@ -128,7 +128,7 @@ class Base(NamedTuple):
     Attributes:
         path: folder or hub id. revision: of the hub id.
         fingerprint: of the weights it was trained on; None for an adapter that another program made.
-        load_in_4bit: it was trained on a base quantised while loading, and no other is asked for.
+        load_in_4bit: it was trained on a base quantised while loading, and this one is not quantised already.
     """
 
     path: str
@@ -152,8 +152,20 @@ def read_base(folder: Path, model_path: str | None) -> Base:
         raise AdapterError(f"{folder / CONFIG}: names no base model; give one with --model")
     ours = config.get("mlxpref", {})
     model = ours.get("model") or {}
-    own = model if model_path is None else {}
-    return Base(str(base), own.get("revision"), ours.get("base_fingerprint"), bool(own.get("load_in_4bit")))
+    revision = model.get("revision") if model_path is None else None
+    four_bits = bool(model.get("load_in_4bit")) and not _is_quantised(Path(str(base)))
+    return Base(str(base), revision, trained_on(folder), four_bits)
+
+
+def trained_on(folder: Path) -> str | None:
+    """Fingerprint of the base weights an adapter was trained on; None if another program made it."""
+    found = (read_config(folder).get("mlxpref") or {}).get("base_fingerprint")
+    return None if found is None else str(found)
+
+
+def _is_quantised(model: Path) -> bool:
+    """Whether a model on this disk holds packed weights of MLX's."""
+    return (model / "config.json").is_file() and "quantization" in model_config(model)
 
 
 def check_tensors(

@@ -205,7 +205,8 @@ class Loop:
             WorkerLost: another worker has gone; what all had done together is saved.
         """
         try:
-            return self._go(stop)
+            with stop.workers.watching():
+                return self._go(stop)
         except WorkerLost as lost:
             first = stop.workers.rank == 0
             said = self._rescued() if first else "Go on from worker 0's last checkpoint with --resume"

@@ -25,7 +25,7 @@ from mlxpref.objectives import resolve_objective
 from mlxpref.prepare import Prepared
 from mlxpref.runs import CONFIG
 from mlxpref.together import run_folder
-from mlxpref.workers import WorkerEnded, WorkerLost, Workers
+from mlxpref.workers import WorkerEnded, Workers
 
 FREE_ON_RESUME = frozenset(
     {
@@ -90,10 +90,6 @@ def train(
             listeners.on_end(result)
             workers.finish()
             return result
-    except RuntimeError as error:  # of a library below, which waited for a worker that has gone
-        if not workers.left():
-            raise
-        raise WorkerLost(f"another worker ended, and this one cannot go on by itself: {error}") from error
     except MlxprefError as error:
         if workers.tell(str(error)):
             raise WorkerEnded(str(error)) from error

@@ -19,7 +19,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -128,9 +128,9 @@ class Workers:
             ]
             raise RunError(headline + "\n" + "\n".join(lines))
 
-    def left(self) -> bool:
-        """Whether another worker has gone."""
-        return False
+    def watching(self) -> AbstractContextManager[None]:
+        """A context in which a library's error over a worker that has gone becomes WorkerLost."""
+        return nullcontext()
 
     def finish(self) -> None:
         """Wait until worker 0 has written and said everything: a launcher ends all when one has ended."""
@@ -227,12 +227,18 @@ class Group(Workers, ABC):
         found, error = box[0]
         if error is None:
             return found
-        if not isinstance(error, RuntimeError) or "out of memory" in str(error).lower():
+        if not isinstance(error, RuntimeError) or _is_own(error):
             raise error
         raise self.lost(str(error)) from error
 
-    def left(self) -> bool:
-        return self._watch is not None and self._watch.ended.wait(GRACE_SECONDS)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if _is_own(error) or self._watch is None or not self._watch.ended.wait(GRACE_SECONDS):
+                raise
+            raise self.lost(str(error)) from error
 
     def lost(self, error: str = "") -> WorkerLost:
         """What to raise where a worker has gone; ``error`` is what the library below says of it."""
@@ -388,6 +394,11 @@ def _ignore_launcher() -> None:
     or an exit code of its own."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _is_own(error: RuntimeError) -> bool:
+    """Whether an error is this worker's own, whatever the others do."""
+    return isinstance(error, (NotImplementedError, RecursionError)) or "out of memory" in str(error).lower()
 
 
 def _read(made: socket.socket, n_bytes: int) -> bytes:

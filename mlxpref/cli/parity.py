@@ -16,12 +16,13 @@ import click
 import numpy as np
 
 from mlxpref import backends
+from mlxpref.adapters import check_free
 from mlxpref.cli import console
 from mlxpref.cli.sources import Reading, source_options
 from mlxpref.config import OPTIMIZER_OPTIONS
 from mlxpref.data.relabelled import is_relabelled
 from mlxpref.data.words import counted
-from mlxpref.errors import RunError, UsageError
+from mlxpref.errors import UsageError
 from mlxpref.files import write_text
 from mlxpref.parity import Row, Settings, Tolerances, compare_traces
 from mlxpref.parity.cases import (
@@ -142,8 +143,8 @@ def _check_use(
     """UsageError for options that would do nothing."""
     if export is not None and against is not None:
         raise UsageError("--export writes what --against reads: give one of them")
-    if export is not None and export.exists() and (export.is_file() or any(export.iterdir())):
-        raise RunError(f"--export {export}: is there already, and nothing is overwritten; choose another folder")
+    if export is not None:
+        check_free(export)
     if against is not None:
         said = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, ())]
         said += ["--data"] * (data is not None) + ["--no-relabel"] * (not relabel)

@@ -25,10 +25,10 @@ from mlxpref.folders import (
     base_hash,
     check_base,
     n_trained,
-    read_base,
     read_settings,
     reference_hash,
     resolve_lora,
+    trained_on,
     vocabulary_size,
 )
 from mlxpref.hub import model_folder
@@ -243,7 +243,7 @@ def load_policy(
         _choose_trainable(policy)
         if init_from is not None:
             adapter.load_weights(policy, Path(init_from))
-            check_base(Path(init_from), policy, read_base(Path(init_from), None).fingerprint, chosen=True)
+            check_base(Path(init_from), policy, trained_on(Path(init_from)), chosen=True)
         _set_precision(policy)
         if init_from is not None or fine_tune_type == "full":
             policy.initial = policy.trainable()
@@ -323,11 +323,12 @@ def _quantise(model: nn.Module, folder: Path) -> list[str]:
     keep = getattr(model, "quant_predicate", None)
 
     def chosen(name: str, module: nn.Module) -> Any:
-        if not hasattr(module, "to_quantized"):
+        asked = hasattr(module, "to_quantized") and (keep is None or keep(name, module))
+        if not asked:
             return False
-        whole = bool(module.weight.shape[-1] % 64)
-        (left if whole else done).append(name)
-        return not whole and (keep is None or keep(name, module))
+        fits = module.weight.shape[-1] % 64 == 0
+        (done if fits else left).append(name)
+        return asked if fits else False
 
     done: list[str] = []
     left: list[str] = []
@@ -335,8 +336,10 @@ def _quantise(model: nn.Module, folder: Path) -> list[str]:
     if not done:
         raise ModelError(f"{folder}: no width is a multiple of 64, as 4 bits need; leave model.load_in_4bit out")
     mx.eval(model.parameters())
-    what = f"{len(left)} of {len(done) + len(left)} modules, {left[0]} for one" if left else ""
-    return [f"not quantised, because their width is no multiple of 64: {what}"] if left else []
+    if not left:
+        return []
+    n = len(done) + len(left)
+    return [f"{len(left)} of {n} modules are not quantised, their width is no multiple of 64: {left[0]} for one"]
 
 
 def dtype_name(model: nn.Module) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from mlxpref import facts
+from mlxpref.adapters import check_free
 from mlxpref.errors import DataError, RunError
-from mlxpref.files import check_free, file_digest, folder_aside, safetensors_header
+from mlxpref.files import file_digest, folder_aside, safetensors_header
 from mlxpref.folders import base_hash, model_config
 from mlxpref.hub import model_folder
 from mlxpref.parity.cases import Case, Model

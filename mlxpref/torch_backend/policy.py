@@ -25,10 +25,10 @@ from mlxpref.folders import (
     check_base,
     model_config,
     n_trained,
-    read_base,
     read_settings,
     reference_hash,
     resolve_lora,
+    trained_on,
     vocabulary_size,
 )
 from mlxpref.hub import model_folder
@@ -132,7 +132,10 @@ class Policy:
                 slot.value.copy_(value)
 
     def to_save(self) -> dict[str, Tensor]:
-        """What an adapter folder holds: float32 factors, or full weights in the model's dtype."""
+        """What an adapter folder holds: float32 factors, or full weights in the model's dtype.
+
+        Of sharded weights all workers call this; it is empty on all but the first.
+        """
         return dict(self.gathered({name: (slot, slot.value) for name, slot in self.slots.items()}))
 
     def gathered(self, values: Mapping[str, tuple[Slot | None, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -261,7 +264,7 @@ def load_policy(
         _choose_trainable(policy, seed)
         if init_from is not None:
             adapter.load_weights(policy, Path(init_from))
-            check_base(Path(init_from), policy, read_base(Path(init_from), None).fingerprint, chosen=True)
+            check_base(Path(init_from), policy, trained_on(Path(init_from)), chosen=True)
         policy.masters = {
             name: slot.value if slot.parameter.dtype == torch.float32 else slot.value.float()
             for name, slot in policy.slots.items()

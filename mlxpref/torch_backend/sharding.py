@@ -7,8 +7,7 @@ all workers must go through the model equally often, in the same order, and alwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mlxpref.errors import ConfigError
-from mlxpref.workers import Group, Workers
 
 
 class Sharded(nn.Module):
@@ -49,17 +47,6 @@ def shard(model: nn.Module, layers: Iterable[nn.Module]) -> Sharded:
     root = Sharded(model)
     fully_shard(root, mp_policy=policy, reshard_after_forward=True)
     return root
-
-
-@contextmanager
-def watched(workers: Workers) -> Iterator[None]:
-    """WorkerLost where slices cannot be exchanged any more, as the sums of ``workers`` raise it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(workers, Group) and workers.left():
-            raise workers.lost(str(error).splitlines()[0]) from error
-        raise
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from mlxpref.torch_backend.arrays import to_numpy, to_torch
 from mlxpref.torch_backend.moving import MovingReference
 from mlxpref.torch_backend.optimizers import Optimizer, make_optimizer
 from mlxpref.torch_backend.policy import Policy
-from mlxpref.torch_backend.sharding import watched
 from mlxpref.torch_backend.slots import Slot
 from mlxpref.workers import Workers
 
@@ -115,8 +114,7 @@ class Step:
         self.policy.model.zero_grad(set_to_none=True)
         self.policy.model.train()
         try:
-            with watched(self.workers):
-                figures, state = (self._coupled if self.objective.coupled else self._one_by_one)(parts, mine)
+            figures, state = (self._coupled if self.objective.coupled else self._one_by_one)(parts, mine)
         finally:
             self.policy.model.eval()
         gradients = {name: slot.gradient for name, slot in self.policy.slots.items()}
@@ -236,9 +234,8 @@ class Step:
     def evaluate(self, batch: Batch) -> StepReport:
         """Losses and log-probs of a batch under the current weights, dropout off; nothing moves."""
         mine, parts = parts_of(self.workers, batch), self._tensors(batch)
-        with watched(self.workers):
-            own = {index: self._read(parts[index], index) for index in mine}
-            self._idle(parts, mine)
+        own = {index: self._read(parts[index], index) for index in mine}
+        self._idle(parts, mine)
         parts, values = self._gathered(parts, own)
         losses, _ = self._apply(values, parts)
         figures = [_figures(*one) for one in zip(losses, values, parts, strict=True)]

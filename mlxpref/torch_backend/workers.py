@@ -58,6 +58,8 @@ class TorchWorkers(Group):
 
     def __init__(self, device: torch.device, address: str):
         self._device = device
+        # Sums have a stream of their own: one that never ends must not keep the others from being saved.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         super().__init__(dist.get_rank(), dist.get_world_size(), address)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -70,13 +72,11 @@ class TorchWorkers(Group):
             total = values.detach().clone()
             dist.all_reduce(total)
             return total
-        # On a stream of its own: a sum that never ends must not keep the others from being saved.
         torch.cuda.set_device(self._device)
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
             total = values.detach().clone()
             dist.all_reduce(total)
-        stream.synchronize()
+        self._stream.synchronize()
         return total
 
     def _given(self, values: np.ndarray) -> torch.Tensor:
