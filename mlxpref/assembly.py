@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from mlxpref.config import Config
 from mlxpref.config_layers import dump_config
 from mlxpref.data.batching import collate_step
 from mlxpref.data.columns import available_columns, widths_of
-from mlxpref.data.plan import Plan, plan_steps
+from mlxpref.data.plan import Plan
 from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, raise_all
 from mlxpref.facts import adapter_facts, check_same, check_start, describe, run_facts
@@ -24,16 +24,18 @@ from mlxpref.loop import Loop, LoopSettings, Progress, Work
 from mlxpref.metrics import step_metrics
 from mlxpref.momentum import momentum_logps
 from mlxpref.objectives import Objective, check_widths
+from mlxpref.planning.budget import choose_tokens
+from mlxpref.planning.forecast import make_job
+from mlxpref.planning.machine import memory_of
+from mlxpref.planning.plans import STEPS_PER_EVAL as STEPS_PER_EVAL
+from mlxpref.planning.plans import max_shapes, plan_evaluation, plan_training, visited
 from mlxpref.prepare import Prepared, prepare
 from mlxpref.records import Batch, StepReport, Tokenized
-from mlxpref.reference import ReferenceStore, default_store_folder, kinds_of, reference_logps
+from mlxpref.reference import ReferenceStore, default_store_folder, reference_logps
 from mlxpref.runs import RunFolder
 from mlxpref.schedules import make_schedule, n_warmup
 from mlxpref.together import agreed, check_alike, shared_checkpoint
 from mlxpref.workers import Workers
-
-STEPS_PER_EVAL = 200
-"""Of runs that have validation rows and do not say."""
 
 Seen = Sequence[tuple[Batch, StepReport]]
 
@@ -42,7 +44,7 @@ Seen = Sequence[tuple[Batch, StepReport]]
 class Split:
     """Rows of one split with their plan and reference log-probs (None where none are needed)."""
 
-    rows: tuple[Tokenized, ...]
+    rows: Sequence[Tokenized]
     plan: Plan
     reference: list[list[np.ndarray]] | None
 
@@ -52,7 +54,7 @@ class Split:
     @property
     def visited(self) -> int:
         """Rows the plan visits."""
-        return len(_visited(self.plan))
+        return len(visited(self.plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,21 @@ class Assembly:
 
     def check(self) -> None:
         """Raise what is wrong with configuration and data, as far as it shows before a model loads."""
-        self._eval_every(self._data())
+        self.rows()
+
+    def rows(self) -> Prepared:
+        """Tokenized rows, checked against configuration and objective; errors as ``check``."""
+        data = self._data()
+        self._eval_every(data)
+        return data
+
+    def policy_and_step(self, data: Prepared) -> tuple[Any, Any]:
+        """What a run would compute with, outside of one: to measure it."""
+        policy = self._policy()
+        return policy, self._step(policy, n_groups=len(data.groups))
 
     def loop(self, resume: bool, clock: Callable[[], float]) -> Loop:
-        config, run = self.config, self.run
-        data = self._data()
+        run, data = self.run, self._data()
         eval_every = self._eval_every(data)
         checkpoint = run.last_checkpoint() if resume else None
         for text in (*(f"warning: {text}" for text in run.said), *self.workers.said):
@@ -85,8 +97,10 @@ class Assembly:
         policy = self._policy()
         for text in policy.notes:
             self.listeners.on_note(f"warning: {text}")
+        settled = self._settled(data, policy)
+        config = settled.config
         step = self._step(policy, n_groups=len(data.groups))  # what it refuses is refused before the run begins
-        plan = self._plan(data.train, policy)
+        plan = settled._plan(data.train, policy)
         check_alike(self.workers, config, data.fingerprint, policy, plan)
         schedule = self._schedule(len(plan.steps))
         known = run.facts() if resume else {}
@@ -105,7 +119,7 @@ class Assembly:
         device = facts["starts"][-1]["device"]
         lines = (*describe(config, self.objective, data, policy, plan, device=device, done=done), *self._workers_line())
         self.listeners.on_start(RunStart(run.path, len(plan.steps), done, facts, lines))
-        splits = self._references(data, policy, plan, eval_every)
+        splits = settled._references(data, policy, plan, eval_every)
         if "valid" in splits:
             valid = splits["valid"]
             often = "every step" if eval_every == 1 else f"every {eval_every} steps"
@@ -198,44 +212,25 @@ class Assembly:
         )
 
     def _plan(self, rows: Sequence[Tokenized], policy: Any) -> Plan:
-        batching, training = self.config.batching, self.config.training
-        return plan_steps(
-            rows,
-            batch_size=batching.examples_per_step,
-            iters=training.iters,
-            epochs=training.epochs,
-            micro_batch_tokens=batching.micro_batch_tokens,
-            share_prompts=policy.share_prompts,
-            shuffle=batching.shuffle,
-            keep_together=batching.keep_together,
-            seed=training.seed,
-            max_shapes=self._shapes(2, rows),
-            n_workers=self.workers.size,
-        )
-
-    def _shapes(self, share: int, rows: Sequence[Tokenized]) -> int:
-        """``max_shapes`` covers the whole run: half for the updates, a quarter each for the reference
-        pass and for evaluation; never fewer than there are numbers of responses."""
-        return max(self.config.batching.max_shapes // share, kinds_of(rows))
+        return plan_training(self.config, rows, **self._layout(policy))
 
     def _plan_evaluation(self, rows: Sequence[Tokenized], policy: Any) -> Plan:
-        """Batches like those of training: an objective may couple the examples of one."""
-        batching, training = self.config.batching, self.config.training
-        n = training.val_batches
-        some = 0 < n * batching.examples_per_step < len(rows)
-        return plan_steps(
-            rows,
-            batch_size=batching.examples_per_step,
-            iters=n if some else None,
-            epochs=None if some else 1.0,
-            micro_batch_tokens=batching.micro_batch_tokens,
-            share_prompts=policy.share_prompts,
-            shuffle=some,
-            keep_together=batching.keep_together,
-            seed=training.seed,
-            max_shapes=self._shapes(4, rows),
-            n_workers=self.workers.size,
-        )
+        return plan_evaluation(self.config, rows, **self._layout(policy))
+
+    def _layout(self, policy: Any) -> dict[str, Any]:
+        return {"share_prompts": policy.share_prompts, "n_workers": self.workers.size, "n_lanes": policy.n_lanes}
+
+    def _settled(self, data: Prepared, policy: Any) -> Assembly:
+        """With ``micro_batch_tokens`` as a number, worker 0's."""
+        if self.config.batching.micro_batch_tokens != "auto":
+            return self
+        device = self.machine.device_info()
+        job = make_job(self.config, self.objective, data, device=device, share_prompts=policy.share_prompts)
+        own = choose_tokens(job, memory_of(device)) if self.workers.rank == 0 else 0
+        tokens = int(self.workers.share(str(own).encode()))
+        self.listeners.on_note(f"batching.micro_batch_tokens: {tokens}, the most whose predicted peak fits")
+        batching = self.config.batching.model_copy(update={"micro_batch_tokens": tokens})
+        return replace(self, config=self.config.model_copy(update={"batching": batching}))
 
     def _schedule(self, n_steps: int) -> Callable[[int], float]:
         optimizer = self.config.optimizer
@@ -280,7 +275,7 @@ class Assembly:
         if moving or "reference" not in self.objective.needs:
             self.listeners.on_note("reference log-probs: " + ("computed in every step" if moving else "not needed"))
             return {name: Split(rows[name], plans[name], None) for name in plans}
-        wanted = [(name, index) for name, plan in plans.items() for index in _visited(plan)]
+        wanted = [(name, index) for name, plan in plans.items() for index in visited(plan)]
         some = [rows[name][index] for name, index in wanted]
         logps = self._reference_logps(some, policy)
         given = self.config.reference
@@ -312,8 +307,8 @@ class Assembly:
             self.machine,
             policy,
             store,
-            micro_batch_tokens=self.config.batching.micro_batch_tokens,
-            max_shapes=self._shapes(4, rows),
+            micro_batch_tokens=self.config.batching.budget,
+            max_shapes=max_shapes(self.config, 4, rows),
             on_progress=lambda done, total: self.listeners.on_progress("reference", done, total),
             workers=self.workers,
         )
@@ -355,11 +350,6 @@ class Assembly:
             tokens=lambda batch: sum(train_split.rows[i].n_tokens for part in batch.rows for i in part),
             memory=machine.memory,
         )
-
-
-def _visited(plan: Plan) -> list[int]:
-    """Rows a plan visits at least once: a short run on much data needs the reference of no others."""
-    return sorted({row for step in plan.steps for part in step for row in part.rows})
 
 
 def _metrics(rows: Sequence[Tokenized], seen: Seen, objective: Objective) -> dict[str, float]:

@@ -62,6 +62,18 @@ def _number_or_dice(value: Any) -> Any:
         raise ValueError(f'a number is needed, or "dice", not {value!r}') from None
 
 
+def _whole_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        number = _number(value)
+    except ValueError:
+        raise ValueError(f'a number is needed, or "auto", not {value!r}') from None
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f'a whole number of at least 1 is needed, or "auto", not {value!r}')
+    return number
+
+
 def _option(value: Any) -> Any:
     """An option of an objective or optimiser: numeric text becomes a number, the rest stays."""
     if isinstance(value, str):
@@ -186,12 +198,13 @@ class TokenizationSection(Section):
 class BatchingSection(Section):
     """One optimiser step sees ``batch_size`` x ``gradient_accumulation_steps`` examples.
 
-    How they are split for the device is ``micro_batch_tokens``' alone and changes no result.
+    How they are split for the device is ``micro_batch_tokens``' alone and changes no result; "auto" is settled by
+    the run, as :mod:`mlxpref.planning.budget` has it.
     """
 
     batch_size: Count = 4
     gradient_accumulation_steps: Count = 1
-    micro_batch_tokens: Count = 8192
+    micro_batch_tokens: Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto)] = 8192
     shuffle: bool = True
     keep_together: bool = True
     max_shapes: Annotated[Whole, Field(ge=2)] = 64
@@ -199,6 +212,12 @@ class BatchingSection(Section):
     @property
     def examples_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def budget(self) -> int:
+        """``micro_batch_tokens`` as a number; the default's where nothing has settled "auto"."""
+        given = self.micro_batch_tokens
+        return int(BatchingSection.model_fields["micro_batch_tokens"].default) if given == "auto" else given
 
 
 class LoraParameters(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -20,10 +20,11 @@ from mlxpref.data.recipe import Recipe, resolve_carrier
 from mlxpref.data.relabel_sources import RelabelledSplits, relabel_splits
 from mlxpref.data.relabelled import Relabelled, is_relabelled, read_relabelled
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source
-from mlxpref.data.supply import supply
+from mlxpref.data.splitting import Leaks
+from mlxpref.data.stored import IN_MEMORY
+from mlxpref.data.supply import Rows, supply
 from mlxpref.data.tokenization import load_tokenizer, tokenize_all
 from mlxpref.data.tokens import Limits
-from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, DataError, raise_all
 from mlxpref.records import Conditioned, Counts, Tokenized
 
@@ -36,7 +37,8 @@ class Prepared:
     """Rows ready to be planned.
 
     Attributes:
-        train, valid: tokenized rows; ``valid`` is empty where there are none.
+        train, valid: tokenized rows; ``valid`` is empty where there are none. Some thousands are a tuple; more lie on
+            disk, are read when they are asked for, and keep their lengths at hand (``data.sizes``).
         recipe: how goals were written; None for unconditioned rows.
         counts: rows kept and dropped, by split and stage, in order.
         said: what was detected, in words.
@@ -46,8 +48,8 @@ class Prepared:
         scoring: how scores were made before they became goals, as ``Scoring.as_dict`` has it; None if as they are.
     """
 
-    train: tuple[Tokenized, ...]
-    valid: tuple[Tokenized, ...]
+    train: Sequence[Tokenized]
+    valid: Sequence[Tokenized]
     recipe: Recipe | None
     counts: Mapping[str, Counts]
     said: tuple[str, ...]
@@ -94,8 +96,13 @@ def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = (
     )  # fmt: skip
     if needs:
         conditioned = _supply(config, conditioned, needs, found)
-    rows = {name: _tokenize(config, name, split, tokenizer, needs, found) for name, split in conditioned.items()}
-    _warn_of_leaks(conditioned, found)
+    leaks = Leaks(found.recipe) if "valid" in conditioned else None
+    rows = {}
+    for name, split in conditioned.items():
+        watched = split if leaks is None else leaks.watch(name, split)
+        rows[name] = _tokenize(config, name, watched, tokenizer, needs, found)
+    if leaks is not None:
+        found.said.extend(leaks.said())
     if not rows["train"]:
         lines = [f"{stage}: {line}" for stage, counts in found.counts.items() for line in counts.lines()]
         raise DataError("\n  ".join([f"{_named(config)}: no row is left to train on", *lines]))
@@ -136,7 +143,7 @@ def _unused_beside_relabelled(config: Config) -> list[str]:
     return problems
 
 
-def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
+def _from_folder(config: Config, found: _Found) -> dict[str, Rows]:
     """Rows of a relabelled folder; its recipe was fitted there."""
     data = config.data
     folder = read_relabelled(str(data.source))
@@ -144,13 +151,13 @@ def _from_folder(config: Config, found: _Found) -> dict[str, list[Conditioned]]:
     found.columns += folder.options.get("columns", ())
     available = tuple(folder.splits)
     train = find_split(data.split or "train", available) or data.split or "train"
-    splits = {"train": first_examples(folder.read(train), data.limit)}
+    splits = {"train": _few_or_streamed(folder, train, data.limit)}
     found.said.append(f"{data.source}: relabelled rows, splits {', '.join(available)}; training on {train}")
     valid = find_split("valid", available)
     if data.valid is not None:
         splits["valid"] = _from_valid(config, folder, train, found)
     elif valid not in (None, train):
-        splits["valid"] = first_examples(folder.read(str(valid)), data.limit)
+        splits["valid"] = _few_or_streamed(folder, str(valid), data.limit)
     return splits
 
 
@@ -174,13 +181,21 @@ def _limits(tokenization: Mapping[str, Any]) -> dict[str, int]:
     return {"max_length": limits.length, "max_prompt_length": limits.prompt}
 
 
-def first_examples(rows: list[Conditioned], limit: int | None) -> list[Conditioned]:
-    """The rows of the first ``limit`` examples; None: all."""
+def first_examples(rows: Iterable[Conditioned], limit: int | None) -> list[Conditioned]:
+    """The rows of the first ``limit`` examples; None: all. ``rows`` can be gone through twice."""
+    if limit is None:
+        return list(rows)
     kept = set(islice(dict.fromkeys(row.example_id for row in rows), limit))
     return [row for row in rows if row.example_id in kept]
 
 
-def _from_valid(config: Config, folder: Relabelled, train: str, found: _Found) -> list[Conditioned]:
+def _few_or_streamed(folder: Relabelled, split: str, limit: int | None = None) -> Rows:
+    """A list of some thousands of rows; more are read from the file each time they are gone through."""
+    rows = folder.stream(split)
+    return rows if limit is None and len(rows) > IN_MEMORY else first_examples(rows, limit)
+
+
+def _from_valid(config: Config, folder: Relabelled, train: str, found: _Found) -> Rows:
     """``data.valid`` beside a relabelled folder: as the folder was relabelled."""
     path = str(config.data.valid)
     if is_relabelled(path):
@@ -197,7 +212,7 @@ def _from_valid(config: Config, folder: Relabelled, train: str, found: _Found) -
     return result.splits["valid"]
 
 
-def _read_valid(config: Config, found: _Found, *, taken: str | None = None) -> list[Conditioned]:
+def _read_valid(config: Config, found: _Found, *, taken: str | None = None) -> Rows:
     """A relabelled ``data.valid``; ``taken`` is the split that is trained on, if it is the same folder."""
     folder = read_relabelled(str(config.data.valid))
     if folder.recipe != found.recipe:
@@ -209,7 +224,7 @@ def _read_valid(config: Config, found: _Found, *, taken: str | None = None) -> l
     if split == taken:
         raise _no_valid_split(config, split)
     found.said.append(f"{folder.folder}: validation rows from its split {split}")
-    return folder.read(split)
+    return _few_or_streamed(folder, split)
 
 
 def _named(config: Config) -> str:
@@ -230,7 +245,7 @@ def source_specs(config: Config) -> list[SourceSpec]:
     return [SourceSpec(path=data.source, **{key: getattr(data, key) for key in shared})]
 
 
-def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, list[Conditioned]]:
+def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, Rows]:
     """Choose what each split is read from, then relabel all as `mlxpref relabel` does."""
     data = config.data
     sources = [open_source(spec) for spec in source_specs(config)]
@@ -254,7 +269,7 @@ def _from_sources(config: Config, tokenizer: Any, found: _Found) -> dict[str, li
     )
     _note(result, found)
     found.recipe, found.scoring = result.recipe, result.options.get("scoring")
-    splits = dict(result.splits)
+    splits: dict[str, Rows] = {**result.splits}
     if relabelled_valid:
         splits["valid"] = _read_valid(config, found)
     return splits
@@ -324,8 +339,8 @@ def _recipe_arguments(relabel: RelabelSection, tokenizer: Any) -> dict[str, Any]
 
 
 def _supply(
-    config: Config, splits: dict[str, list[Conditioned]], needs: Collection[str], found: _Found
-) -> dict[str, list[Conditioned]]:
+    config: Config, splits: dict[str, Rows], needs: Collection[str], found: _Found
+) -> dict[str, Rows]:
     """The rows with what an objective needs of them."""
     supplied = supply(splits, needs, found.recipe)
     if config.data.strict:
@@ -334,17 +349,17 @@ def _supply(
     found.counts |= supplied.counts
     found.said += supplied.said
     found.groups = supplied.groups
-    return supplied.splits
+    return {**supplied.splits}
 
 
 def _tokenize(
     config: Config,
     split: str,
-    examples: Sequence[Conditioned],
+    examples: Iterable[Conditioned],
     tokenizer: Any,
     needs: Collection[str],
     found: _Found,
-) -> tuple[Tokenized, ...]:
+) -> Sequence[Tokenized]:
     given = config.tokenization
     rows, counts = tokenize_all(
         examples,
@@ -357,23 +372,7 @@ def _tokenize(
         token_weights="token_weights" in needs,
     )
     found.counts[f"tokenize/{split}"] = counts
-    return tuple(rows)
-
-
-def _warn_of_leaks(splits: Mapping[str, Sequence[Conditioned]], found: _Found) -> None:
-    """Say when validation prompts are trained on: their figures would be too good."""
-    recipe = found.recipe
-
-    def asked(rows: Sequence[Conditioned]) -> set[tuple[str, ...]]:
-        prompts = (row.prompt if recipe is None else recipe.erase(row.prompt) for row in rows)
-        return {tuple(message.content for message in prompt) for prompt in prompts}
-
-    shared = asked(splits["train"]) & asked(splits.get("valid", ()))
-    if shared:
-        found.said.append(
-            f"warning: {counted(len(shared), 'prompt')} in both training and validation rows; "
-            "data.valid_fraction splits by prompt"
-        )
+    return tuple(rows) if isinstance(rows, list) else rows
 
 
 def fingerprint(splits: Mapping[str, Sequence[Tokenized]]) -> str:

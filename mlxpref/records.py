@@ -244,11 +244,13 @@ class Batch(NamedTuple):
         parts: the micro-batches, in order of execution.
         rows: for each part, the indices (B,) of its examples in the tokenized data.
         workers: for each part, the rank of the worker that computes it; () where all are worker 0's.
+        lanes: for each part, the lane of that worker in which it is computed; () where there is one.
     """
 
     parts: tuple[MicroBatch, ...]
     rows: tuple[tuple[int, ...], ...]
     workers: tuple[int, ...] = ()
+    lanes: tuple[int, ...] = ()
 
     @property
     def n_examples(self) -> int:

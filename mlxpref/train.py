@@ -80,6 +80,8 @@ def train(
             listeners = Callbacks([*callbacks, *_reporters(config, machine)])
         folder, sharded = Path(config.output.adapter_path), config.training.fsdp
         with run_folder(folder, resume=resume, workers=workers, sharded=sharded) as run:
+            if resume:
+                config = settled_before(config, run.path, workers)
             if resume and workers.rank == 0:
                 check_unchanged(config, run.path)
             with workers.unless_stuck(machine.set_memory_policy()):
@@ -136,6 +138,15 @@ def _reporters(config: Config, machine: ModuleType) -> list[TrainCallback]:
             raise ConfigError(f"output.report_to {services[0]}: this backend has no such reports") from error
         found.append(module.Reporter(services, config.output.project, config.as_dict()))
     return found
+
+
+def settled_before(config: Config, folder: Path, workers: Workers) -> Config:
+    """With the number that the run began with in place of ``micro_batch_tokens: auto``; worker 0 has read it."""
+    if config.batching.micro_batch_tokens != "auto":
+        return config
+    own = check_config(read_yaml(folder / CONFIG)).batching.budget if workers.rank == 0 else 0
+    tokens = int(workers.share(str(own).encode()))
+    return config.model_copy(update={"batching": config.batching.model_copy(update={"micro_batch_tokens": tokens})})
 
 
 def check_unchanged(config: Config, folder: Path) -> None:

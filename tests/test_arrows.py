@@ -22,9 +22,10 @@ FILED = VALUES | {"files", "locks", "hub"}
 NAMED = {"names", "folders", "workers", "optimizer_options", "steps"}
 SPINE = FILED | {"blas", "backends", "ops", "objectives", "metrics", "rewards", "data", "config", "config_layers"}
 LOOP = SPINE | {"runs", "facts", "reference", "momentum", "schedules", "callbacks", "loop", "prepare", "assembly"}
-LOOP |= {"workers", "together"}
+LOOP |= {"workers", "together", "planning"}
 AFTER = NAMED | {"adapters", "merging", "tensors", "conversion"}
 RUNS = LOOP | AFTER | {"report", "train", "evaluate", "generate", "parity", "sandbox", "doctor", "columns", "ablate"}
+RUNS |= {"bench"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
@@ -63,6 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "facts": SPINE | {"prepare", "reference"},
     "loop": SPINE | {"callbacks", "runs", "schedules", "workers"},
     "assembly": LOOP,
+    "planning": SPINE | {"folders", "prepare", "reference"},
+    "bench": RUNS,
     "train": RUNS,
     "evaluate": RUNS,
     "generate": RUNS,

@@ -19,8 +19,10 @@ from tests.architectures import ARCHITECTURES, QUANTISABLE, WAYS, config_of, wri
 
 pytestmark = pytest.mark.mlx
 
-LOGP = 1e-4
-GRADIENT = 1e-4
+LAYOUT = (1e-4, 1e-4)
+"""Nats, and share of a gradient's largest entry, by which two layouts of one computation may differ."""
+KERNELS = (3e-4, 3e-4)
+"""The same for two computations: in float32 either is up to 2e-4 nats from float64 on these models."""
 
 
 def random_rows(vocabulary: int, n: int = 6, seed: int = 0) -> list[Tokenized]:
@@ -109,19 +111,19 @@ def ours(policy: Any, rows: list[Tokenized], share: bool) -> tuple[list[list[np.
     return logps, {name: np.array(value) for name, value in total.items()}
 
 
-def assert_same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any, tolerance: tuple[float, float] = LAYOUT) -> None:
     pairs = [(a, b) for f, e in zip(found[0], expected[0], strict=True) for a, b in zip(f, e, strict=True)]
     gap = max(np.abs(a - b).max() for a, b in pairs)
     mean = np.mean([(a - b).mean() for a, b in pairs])
-    assert gap <= LOGP, f"log-probs differ by {gap:.2e} nats"
-    assert abs(mean) <= LOGP / 10, f"log-probs drift by {mean:.2e} nats"
+    assert gap <= tolerance[0], f"log-probs differ by {gap:.2e} nats"
+    assert abs(mean) <= tolerance[0] / 10, f"log-probs drift by {mean:.2e} nats"
     assert found[1].keys() == expected[1].keys()
     norm = np.sqrt(sum(np.square(v, dtype=np.float64).sum() for v in expected[1].values()))
     assert norm > 1e-3, "the witness has no gradient to compare with"
     for name, value in expected[1].items():
         scale = max(np.abs(value).max(), 1e-3 * norm)
         gap = np.abs(found[1][name] - value).max() / scale
-        assert gap <= GRADIENT, f"gradient of {name} differs by {gap:.2e} of its largest entry"
+        assert gap <= tolerance[1], f"gradient of {name} differs by {gap:.2e} of its largest entry"
 
 
 @pytest.fixture(scope="module")
@@ -148,22 +150,27 @@ def vocabulary(policy: Any) -> int:
     return int(policy.config["vocab_size"])
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["mlx's kernels", "own kernels"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_shared_forward_is_exact(name: str, model_of: Any) -> None:
+def test_shared_forward_is_exact(name: str, own: bool, model_of: Any) -> None:
     """A wrong mask, offset, gather, bucket, chunk or head would move a log-prob or a gradient."""
     policy = load(model_of(name))
-    assert policy.way == WAYS[name]
+    assert (policy.way, policy.network.own_kernels) == (WAYS[name], True)
+    policy.network.own_kernels = own
     rows = random_rows(vocabulary(policy))
     expected = witness(policy, rows)
-    assert_same(ours(policy, rows, share=policy.share_prompts), expected)
+    assert_same(ours(policy, rows, share=policy.share_prompts), expected, KERNELS if own else LAYOUT)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["mlx's kernels", "own kernels"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_checkpointed_gradients_are_exact(name: str, model_of: Any) -> None:
+def test_checkpointed_gradients_are_exact(name: str, own: bool, model_of: Any) -> None:
     """Arrays captured by a checkpoint get no gradient: the loss stays right, the gradient does not."""
     policy = load(model_of(name), grad_checkpoint=True)
+    policy.network.own_kernels = own
     rows = random_rows(vocabulary(policy))
-    assert_same(ours(policy, rows, share=policy.share_prompts), witness(policy, rows))
+    tolerance = KERNELS if own else LAYOUT
+    assert_same(ours(policy, rows, share=policy.share_prompts), witness(policy, rows), tolerance)
 
 
 @pytest.mark.parametrize(

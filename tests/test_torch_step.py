@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mlxpref.records import Batch, Tokenized
 from mlxpref.reference import reference_logps
 from tests.test_mlx_objectives import N, asked_for, length, log_softmax, rows_with_everything
 from tests.test_mlx_step import LORA, Plain
-from tests.torch_models import jittered, load_both, whole_logits, write_model
+from tests.torch_models import jittered, load_both, whole_logits, with_longer_prompts, write_model
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -56,9 +55,9 @@ def batch_of(policy: Any, rows: list[Tokenized], objective: Objective, parts: li
     return collate_step(rows, planned, reference, columns)
 
 
-def dpo_batch(policy: Any, *, n: int = 4, parts: list[list[int]] | None = None, k: int = 2) -> Batch:
-    objective = resolve_objective("dpo")
-    return batch_of(policy, rows_with_everything(n, k=k), objective, parts or [list(range(n))])
+def dpo_batch(policy: Any, *, n: int = 4, parts: list[list[int]] | None = None, share: bool = False) -> Batch:
+    rows = (with_longer_prompts if share else list)(rows_with_everything(n))
+    return batch_of(policy, rows, resolve_objective("dpo"), parts or [list(range(n))], share=share)
 
 
 def make_step(policy: Any, objective: Any = None, **options: Any) -> Any:
@@ -84,8 +83,7 @@ def test_a_batch_split_or_permuted_gives_the_same_update(policy: Any, name: str)
     """Finds: a value that depends on the micro-batch, a state updated once a part, columns of another row."""
     objective = resolve_objective(name)
     rows = rows_with_everything(k=3 if TABLE[name].lists else 2, weighted=not objective.coupled)
-    before = np.arange(3, 23, dtype=np.int32)  # prompts long enough for a part that is shared
-    rows = [replace(row, prompt_ids=np.concatenate([before + i, row.prompt_ids])) for i, row in enumerate(rows)]
+    rows = with_longer_prompts(rows)
     order = list(np.random.default_rng(5).permutation(N).tolist())
     splits = {
         "one": [list(range(N))],

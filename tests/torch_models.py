@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def jittered(values: dict[str, np.ndarray], size: float = 0.05, *, seed: int = 0
         name: value + size * draw.standard_normal(value.shape).astype(np.float32)
         for name, value in sorted(values.items())
     }
+
+
+def with_longer_prompts(rows: list[Tokenized]) -> list[Tokenized]:
+    """Long enough for a part that is shared."""
+    before = np.arange(3, 23, dtype=np.int32)
+    return [replace(row, prompt_ids=np.concatenate([before + i, row.prompt_ids])) for i, row in enumerate(rows)]
 
 
 # --- what is read ------------------------------------------------------------------------------

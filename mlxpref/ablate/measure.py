@@ -65,7 +65,7 @@ def measure(
     """
     rows = [replace(row, texts={}, leads=row.leads[: len(row.response_ids)]) for row in rows]
     store = ReferenceStore(Path(str(config.reference.store)), policy.fingerprint)
-    tokens = config.batching.micro_batch_tokens
+    tokens = config.batching.budget
     reference, _ = reference_logps(
         rows, backend, policy, store, micro_batch_tokens=tokens,
         on_progress=lambda done, total: on_progress("reference", done, total),

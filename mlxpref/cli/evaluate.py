@@ -150,7 +150,7 @@ def _read(data: str, reading: Reading) -> tuple[list[Scored], Counts, Recipe | N
     for line in source.said:
         console.note(line)
     examples, counts = read_source(source, strict=reading.strict)
-    return examples, counts, None
+    return list(examples), counts, None
 
 
 def _read_relabelled(folder: Path, reading: Reading) -> tuple[list[Scored], Counts, Recipe | None]:

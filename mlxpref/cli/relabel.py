@@ -229,10 +229,8 @@ RECIPE_OPTIONS = (
 @click.option(
     "--num-proc",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="Processes that share the work; the result is the same.",
+    help="Processes that share the work where there is much; the result is the same.  [default: one a core]",
 )
 @click.pass_context
 def command(context: click.Context, source: tuple[str, ...], reading: Reading, **options: Any) -> None:
@@ -273,6 +271,7 @@ def command(context: click.Context, source: tuple[str, ...], reading: Reading, *
             counts=result.counts,
             written_with=result.options,
             overwrite=options["overwrite"],
+            num_proc=options["num_proc"],
         )
         console.say(f"written to {out}")
 

@@ -117,7 +117,7 @@ def prompt_ids(encoder: Encoder, text: str) -> list[int]:
     """(n,) ids of a prompt's text."""
     ids = encoder.ids(text)
     # Some tokenizers end every text; a response would then follow an ended one.
-    ended = encoder.add_special_tokens and ids and ids[-1] == encoder.tokenizer.eos_token_id
+    ended = encoder.add_special_tokens and ids and ids[-1] == encoder.end
     return ids[:-1] if ended else ids
 
 

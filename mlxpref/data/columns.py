@@ -47,7 +47,14 @@ def texts_of(needs: Collection[str]) -> tuple[str, ...]:
 
 def available_columns(rows: Sequence[Tokenized]) -> set[str]:
     """Columns that every row has: values by name, ``scores``, ``divergence``, and of each text its own and
-    its reference's. What the steps make (``reference``, ``lengths``, …) is not among them."""
+    its reference's. What the steps make (``reference``, ``lengths``, …) is not among them. Rows that know are not
+    read for it."""
+    parts = [part for part in getattr(rows, "parts", ()) if len(part)]
+    if parts:
+        return set.intersection(*map(available_columns, parts))
+    known = getattr(rows, "columns", None)
+    if isinstance(known, frozenset):
+        return set(known)
     there = set.intersection(*({*row.extras, *row.texts} for row in rows))
     there |= {f"{name}_reference" for name in there & set(TEXTS)} | {"divergence"}
     return there | {"scores"} if all(row.scores is not None for row in rows) else there
@@ -101,15 +108,22 @@ def _is_number(value: Any) -> bool:
 
 def one_type_a_column(rows: Sequence[Tokenized]) -> list[Tokenized]:
     """Whole numbers as fractions, in columns that hold fractions elsewhere: one array type a run."""
-    fractional = {name for row in rows for name, value in row.extras.items() if _has_fraction(value)}
+    fractional = fractional_columns(rows)
+    return [with_fractions(row, fractional) for row in rows]
 
-    def alike(name: str, value: Any) -> Any:
-        return _fractions(value) if name in fractional else value
 
-    return [
-        replace(row, extras={name: alike(name, value) for name, value in row.extras.items()}) if row.extras else row
-        for row in rows
-    ]
+def fractional_columns(rows: Sequence[Tokenized]) -> frozenset[str]:
+    """The columns in which some row has a fraction."""
+    return frozenset(name for row in rows for name, value in row.extras.items() if _has_fraction(value))
+
+
+def with_fractions(row: Tokenized, names: Collection[str]) -> Tokenized:
+    """The row, whole numbers in these columns as fractions."""
+    if not row.extras:
+        return row
+    return replace(
+        row, extras={name: _fractions(value) if name in names else value for name, value in row.extras.items()}
+    )
 
 
 def _has_fraction(value: Any) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxpref.data.shapes import LENGTHS, Shape, ceil_length, ceil_scored, floor_length
+from mlxpref.data.sizes import sizes_of
 from mlxpref.records import Tokenized
 
 _PASS_COST = 256
@@ -24,11 +25,13 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """One micro-batch to be: the indices of its examples in the tokenized data, its shape, and whose it is."""
+    """One micro-batch to be: the indices of its examples in the tokenized data, its shape, whose it is, and in which
+    of that worker's lanes."""
 
     rows: tuple[int, ...]
     shape: Shape
     worker: int = 0
+    lane: int = 0
 
 
 class Splitter:
@@ -43,13 +46,9 @@ class Splitter:
     def __init__(self, rows: Sequence[Tokenized], *, share_prompts: bool, budget: int) -> None:
         self.share_prompts = share_prompts
         self.budget = budget
-        slots = [[(len(lead), len(ids)) for lead, ids in row.slots] for row in rows]
-        self.prompts = np.array([len(row.prompt_ids) for row in rows])
-        self.responses = np.array([len(own) for own in slots])
-        self.scored = np.array([sum(scored for _, scored in own) for own in slots])
-        self.lengths = np.zeros((len(rows), self.responses.max()), np.int64)
-        for lengths, own in zip(self.lengths, slots, strict=True):
-            lengths[: len(own)] = sorted(map(sum, own), reverse=True)
+        sizes = sizes_of(rows)
+        self.prompts, self.responses, self.scored, self.lengths = sizes[:4]
+        self.tokens = sizes.tokens
         # Rounding up never passes the longest row there is: a model may have no position beyond it.
         self.longest = int((self.prompts + self.lengths[:, 0] - 1).max())
 

@@ -12,19 +12,16 @@ neither the order of the data nor the number of processes changes anything.
 from __future__ import annotations
 
 import math
-import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
-from multiprocessing.reduction import ForkingPickler
-from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from mlxpref.data.fitting import fit_recipe
+from mlxpref.data.processes import cores, shared_out
 from mlxpref.data.recipe import Recipe, resolve_carrier
 from mlxpref.data.splitting import place_in_line, split_by_prompt
+from mlxpref.data.stored import IN_MEMORY, blocks, pack, stored
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Conditioned, Counts, Dropped, Goal, Half, Prompt, Scored
@@ -211,8 +208,8 @@ def relabel_all(
     plain_share: float = 0.0,
     seed: int = 0,
     strict: bool = False,
-    num_proc: int = 1,
-) -> tuple[list[Conditioned], Counts]:
+    num_proc: int | None = None,
+) -> tuple[Sequence[Conditioned], Counts]:
     """Relabel every example, in order; the halves of one stand together.
 
     Args:
@@ -220,27 +217,33 @@ def relabel_all(
             without a goal instead (1: plain preference data).
         strict: an example that cannot be used is a DataError; ties and small gaps, which were asked
             to be dropped, are not.
-        num_proc: processes; the result is the same for any number.
+        num_proc: processes; the result is the same for any number. None: one a core for many examples, else one.
 
     Returns:
-        The conditioned examples, and counts of the *examples* kept and dropped.
+        The conditioned examples, and counts of the *examples* kept and dropped. Of some thousands of examples a
+        list; what becomes of more lies on disk, and is read when it is asked for.
     """
     check_options(halves=halves, ties=ties, min_gap=min_gap, plain_share=plain_share, num_proc=num_proc)
-    plain = _drawn([example.example_id for example in examples], plain_share, seed)
-    work = partial(_relabel_marked, recipe=recipe, halves=halves, ties=ties, min_gap=min_gap)
-    marked = [(example, example.example_id in plain) for example in examples]
-    rows: list[Conditioned] = []
+    plain = _drawn((example.example_id for example in examples), plain_share, seed)
+    work = _Work(recipe, {"halves": halves, "ties": ties, "min_gap": min_gap})
+    marked = blocks(((example, example.example_id in plain) for example in examples), CHUNK)
+    many = len(examples) > IN_MEMORY
+    asked = (cores() if many else 1) if num_proc is None else num_proc
+    told = shared_out(_Packed(work) if many else work, marked, min(asked, math.ceil(len(examples) / CHUNK)))
     counts = Counts()
-    problems = []
-    for result in _map(work, marked, num_proc):
-        if not isinstance(result, Dropped):
-            rows += result
-            counts.kept += 1
-            continue
-        counts.drop(result)
-        if result.reason not in ASKED_FOR:
-            problems.append(f"{result.where}: {result.detail or result.reason}")
-    if strict:
+    problems: list[str] = []
+
+    def heard() -> Iterator[Any]:
+        for rows, kept, dropped in told:
+            counts.kept += kept
+            for result in dropped:
+                counts.drop(result)
+                if strict and result.reason not in ASKED_FOR:
+                    problems.append(f"{result.where}: {result.detail or result.reason}")
+            yield rows
+
+    rows: Sequence[Conditioned] = stored(heard()) if many else [row for own in heard() for row in own]
+    if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise_all(problems[:5] + more, DataError, f"{counted(len(problems), 'example')} cannot be relabelled:")
     return rows, counts
@@ -252,7 +255,7 @@ def check_options(
     ties: str = "drop",
     min_gap: float = 0.0,
     plain_share: float = 0.0,
-    num_proc: int = 1,
+    num_proc: int | None = None,
 ) -> None:
     """UsageError listing every option out of its values."""
     problems = []
@@ -264,36 +267,43 @@ def check_options(
         problems.append(f"min_gap: {min_gap}; a distance of scores, 0 or more")
     if not 0 <= plain_share <= 1:
         problems.append(f"plain_share: {plain_share}; a share, 0 to 1")
-    if num_proc < 1:
+    if num_proc is not None and num_proc < 1:
         problems.append(f"num_proc: {num_proc}; at least 1")
     raise_all(problems, UsageError, "relabelling was asked for what it does not do:")
 
 
-def _relabel_marked(marked: tuple[Scored, bool], **options: Any) -> tuple[Conditioned, ...] | Dropped:
-    return relabel(marked[0], plain=marked[1], **options)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Relabels some examples, each with whether it is to be plain: their rows, how many were kept, the others."""
+
+    recipe: Recipe
+    options: Mapping[str, Any]
+
+    def __call__(self, marked: Sequence[tuple[Scored, bool]]) -> tuple[Any, int, list[Dropped]]:
+        rows: list[Conditioned] = []
+        dropped: list[Dropped] = []
+        for example, plain in marked:
+            result = relabel(example, self.recipe, plain=plain, **self.options)
+            if isinstance(result, Dropped):
+                dropped.append(result)
+            else:
+                rows += result
+        return rows, len(marked) - len(dropped), dropped
 
 
-def _map(
-    work: Any, marked: Sequence[tuple[Scored, bool]], num_proc: int
-) -> Iterator[tuple[Conditioned, ...] | Dropped]:
-    """``map`` in order, over processes when there is work for more than one."""
-    n = min(num_proc, math.ceil(len(marked) / CHUNK))
-    if n < 2:
-        yield from map(work, marked)
-        return
-    # Spawned, not forked: a fork inherits the locks of the data library's threads.
-    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(work, marked, chunksize=CHUNK)
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """The same work, whose rows come as a block for the disk."""
 
+    work: _Work
 
-def _thaw(items: dict[str, Any]) -> MappingProxyType[str, Any]:
-    return MappingProxyType(items)
-
-
-# The records' empty mappings are read-only views, which do not travel between processes by themselves.
-ForkingPickler.register(MappingProxyType, lambda view: (_thaw, (dict(view),)))
+    def __call__(self, marked: Sequence[tuple[Scored, bool]]) -> tuple[Any, int, list[Dropped]]:
+        rows, kept, dropped = self.work(marked)
+        return pack(rows), kept, dropped
 
 
 def _drawn(ids: Iterable[str], share: float, seed: int) -> frozenset[str]:
+    if share == 0:
+        return frozenset()
     distinct = sorted(set(ids), key=lambda example_id: place_in_line(seed, f"plain:{example_id}"))
     return frozenset(distinct[: round(share * len(distinct))])

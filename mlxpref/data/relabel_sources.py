@@ -7,6 +7,7 @@ by :func:`own_splits` or by the configuration of a run.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from mlxpref.data.relabel import check_options, fit_recipe, relabel_all, split_b
 from mlxpref.data.scoring import Scoring
 from mlxpref.data.shaping import PICKING, SCORING, Shaping, shape_splits
 from mlxpref.data.sources import Source, SourceSpec, find_split, open_source, read_source
+from mlxpref.data.stored import Joined, gather
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
 from mlxpref.records import Conditioned, Counts, Scored
 from mlxpref.rewards.directions import direction_words
@@ -31,7 +33,7 @@ class RelabelledSplits:
     """What came of it.
 
     Attributes:
-        splits: split → rows, halves of one example together.
+        splits: split → rows, halves of one example together; some thousands are a list, more lie on disk.
         recipe: as fitted on the training examples, or as given; None if no row states a goal.
         counts: ``read/train``, ``shape/train`` (where something was), ``relabel/train``, …: examples kept and dropped.
         notes: what the user should look at, a sentence each.
@@ -40,7 +42,7 @@ class RelabelledSplits:
             those that models computed were made (:mod:`mlxpref.data.cards`), where there are some.
     """
 
-    splits: dict[str, list[Conditioned]]
+    splits: dict[str, Sequence[Conditioned]]
     recipe: Recipe | None
     counts: dict[str, Counts]
     notes: tuple[str, ...]
@@ -137,7 +139,7 @@ def relabel_splits(
     """
     given, shaping = _shaping(recipe, scoring, picking, options)
     fitted = _with_scale(given, wanted, shaping.scoring) if isinstance(given, Mapping) else given
-    examples: dict[str, list[Scored]] = {}
+    examples: dict[str, Sequence[Scored]] = {}
     counts: dict[str, Counts] = {}
     for name in (split for split in SPLITS if split in wanted):
         examples[name], counts[f"read/{name}"] = read_source(wanted[name], strict=strict, seed=seed)
@@ -149,17 +151,17 @@ def relabel_splits(
     stored = {"sources": _described(wanted), "seed": seed} | shaped.shaping.as_dict()
     cards = _cards(wanted)
     if fitted is None:
-        plain = {name: [unconditioned(example) for example in found] for name, found in examples.items()}
+        plain = {name: gather(map(unconditioned, found)) for name, found in examples.items()}
         return RelabelledSplits(plain, None, counts, shaped.notes, stored | ({"columns": cards} if cards else {}))
     used = _fit(examples.get("train") or next(iter(examples.values())), fitted)
-    rows: dict[str, list[Conditioned]] = {}
+    rows: dict[str, Sequence[Conditioned]] = {}
     for name, found in examples.items():
         rows[name], counts[f"relabel/{name}"] = relabel_all(found, used, strict=strict, seed=seed, **options)
     lines = [
         f"{name}: {line}" for name in rows if not rows[name] for line in counts[f"relabel/{name}"].lines()
     ]
     raise_all(lines, DataError, "no row is left of a split:")
-    every = [example for found in examples.values() for example in found]
+    every = Joined(*examples.values())
     named = all("chosen" in FORMATS[source.format].needs for found in wanted.values() for source in found)
     notes = (*shaped.notes, *_notes(every, named_chosen=named))
     notes += tuple(_scale_notes(every, used)) if isinstance(recipe, Mapping) else ()
@@ -209,8 +211,8 @@ def _fit(examples: Sequence[Scored], recipe: Recipe | Mapping[str, Any]) -> Reci
 
 
 def _held_out(
-    examples: dict[str, list[Scored]], fractions: Mapping[str, float], seed: int
-) -> dict[str, list[Scored]]:
+    examples: dict[str, Sequence[Scored]], fractions: Mapping[str, float], seed: int
+) -> dict[str, Sequence[Scored]]:
     there = [name for name in fractions if name in examples]
     if there or "train" not in examples:
         raise UsageError(
@@ -275,14 +277,14 @@ def _with_scale(
 
 def _notes(examples: Sequence[Scored], *, named_chosen: bool) -> Iterator[str]:
     """``named_chosen``: the first response of a pair is the one its data call chosen."""
-    unscored = sum(e.scores is None and not e.attributes for e in examples)
+    unscored = turned = 0
+    for example in examples:
+        scores = example.scores
+        unscored += scores is None and not example.attributes
+        turned += scores is not None and len(scores) == 2 and scores[0] < scores[1]
     if unscored:
         yield f"{unscored} {'example has' if unscored == 1 else 'examples have'} no scores and no goal"
-    if not named_chosen:
-        return
-    pairs = [e.scores for e in examples if e.scores is not None and len(e.scores) == 2]
-    turned = sum(scores[0] < scores[1] for scores in pairs)
-    if turned:
+    if turned and named_chosen:
         what = "pair" if turned == 1 else "pairs"
         yield f"in {turned} {what} the data's chosen response has the lower score; the score decides"
 
@@ -302,10 +304,13 @@ def _scale_notes(examples: Sequence[Scored], recipe: Recipe) -> Iterator[str]:
         if fitted.kind == "affine":
             seen = f"{fitted.knots[0][0]:g} to {fitted.knots[-1][0]:g}"
             yield f"{name}: the scale seen, {seen}, is stretched onto {scale}; {remedy}"
-    goals = [g for e in examples for own in _goals(e, recipe) for g in own]
-    as_they_are = all(fitted.kind == "identity" for fitted in maps.values())
-    if as_they_are and goals and max(goals) <= sum(recipe.goal_range) / 2:
-        seen = f"{min(goals):g} to {max(goals):g}"
+    if not all(fitted.kind == "identity" for fitted in maps.values()):
+        return
+    lowest, highest = math.inf, -math.inf
+    for goal in (goal for example in examples for own in _goals(example, recipe) for goal in own):
+        lowest, highest = min(lowest, goal), max(highest, goal)
+    if -math.inf < highest <= sum(recipe.goal_range) / 2:
+        seen = f"{lowest:g} to {highest:g}"
         yield f"scores go from {seen} and are taken as they are on {scale}; {remedy}"
 
 

@@ -12,14 +12,16 @@ in their order. Every row has every column, so that a reader may infer types fro
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from mlxpref.data.processes import cores, shared_out
 from mlxpref.data.recipe import Recipe
-from mlxpref.data.rowfiles import parquet_schema, read_rows, write_jsonl, write_parquet
+from mlxpref.data.rowfiles import json_line, parquet_schema, read_rows, write_jsonl, write_parquet
+from mlxpref.data.stored import Stored, unpack
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, UsageError
 from mlxpref.files import folder_aside
@@ -60,21 +62,48 @@ class Relabelled:
 
     def read(self, split: str = "train") -> list[Conditioned]:
         """Every row of a split. DataError if there is no such split, or its file is damaged."""
+        return list(self.stream(split))
+
+    def stream(self, split: str = "train") -> RelabelledRows:
+        """The rows of a split, read from its file each time they are gone through; errors as of :meth:`read`."""
         if split not in self.splits:
             raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
-        file = self.splits[split]
-        rows = []
-        for where, row in read_rows(file):
+        return RelabelledRows(self.splits[split], self.rows[split], self.extras)
+
+
+@dataclass(frozen=True)
+class RelabelledRows:
+    """The rows of a relabelled file, in order, one in memory at a time; they can be gone through again.
+
+    Attributes:
+        rows: how many there are.
+        extras: columns beyond the fixed ones, as of :class:`Relabelled`.
+
+    Raises:
+        DataError: when gone through: the file is damaged, or holds another number of rows.
+    """
+
+    file: Path
+    rows: int
+    extras: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[Conditioned]:
+        n = 0
+        for where, row in read_rows(self.file):
             try:
-                rows.append(replace(_from_row(row, self.extras), where=where))
+                found = replace(_from_row(row, self.extras), where=where)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise DataError(f"{where}: not a relabelled row ({type(error).__name__}: {error})") from error
-        if len(rows) != self.rows[split]:
+            n += 1
+            yield found
+        if n != self.rows:
             raise DataError(
-                f"{file} holds {counted(len(rows), 'row')}, {CARD} says {self.rows[split]}: the file was "
+                f"{self.file} holds {counted(n, 'row')}, {CARD} says {self.rows}: the file was "
                 "changed or cut off; relabel again"
             )
-        return rows
 
 
 def is_relabelled(path: str | Path) -> bool:
@@ -122,6 +151,7 @@ def write_relabelled(
     counts: Counts | Mapping[str, Counts] | None = None,
     written_with: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    num_proc: int | None = None,
 ) -> None:
     """Write a folder of relabelled data: all of it, or nothing.
 
@@ -130,6 +160,7 @@ def write_relabelled(
         splits: train, valid, test, …: rows; each split is one file, in order.
         counts: what was kept and dropped on the way, of all or by stage.
         written_with: what :attr:`Relabelled.options` is to hold, JSON-safe.
+        num_proc: processes that share rows that lie on disk; None: one a core.
 
     Raises:
         RunError: the folder is occupied or cannot be written.
@@ -157,10 +188,13 @@ def write_relabelled(
         for name, rows in splits.items():
             file = aside / f"{name}.{file_format}"
             named_rows = ((row.example_id, _to_row(row, layout)) for row in rows)
-            if schema is None:
-                write_jsonl(file, named_rows)
-            else:
+            if schema is not None:
                 write_parquet(file, named_rows, schema)
+            elif isinstance(rows, Stored):
+                with file.open("wb") as lines:
+                    lines.writelines(shared_out(_Lines(layout), rows.packed(), num_proc or cores()))
+            else:
+                write_jsonl(file, named_rows)
         text = json.dumps(card, indent=2, ensure_ascii=False)
         (aside / CARD).write_text(text + "\n", encoding="utf8")
 
@@ -184,6 +218,16 @@ class _Layout:
         absent |= set() if self.attributes else {"attributes"}
         absent |= set() if self.goals else {"distances"}
         return (*(name for name in FIXED if name not in absent), *self.extras)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """A block of rows as lines of a JSONL file."""
+
+    layout: _Layout
+
+    def __call__(self, block: bytes) -> bytes:
+        return b"".join(json_line(row.example_id, _to_row(row, self.layout)) for row in unpack(block))
 
 
 def _layout(rows: Iterable[Conditioned]) -> _Layout:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxpref.data.segments import Segments
 from mlxpref.errors import DataError, ModelError
 from mlxpref.hub import model_folder
 from mlxpref.records import Message, Prompt
@@ -167,29 +168,42 @@ class Encoder:
     """Text to ids, remembering what it has encoded: halves of one source share their responses.
 
     A template writes its own special tokens; without one the tokenizer adds what begins a text (BOS).
+
+    Attributes:
+        end: id of the token that ends a text, if there is one.
+        segments: encodes word by word, where that gives the same ids; else None.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.add_special_tokens = not tokenizer.chat_template
+        self.end: int | None = tokenizer.eos_token_id  # asked for once: tokenizers are slow to tell
         added = tokenizer.added_tokens_decoder.values() if tokenizer.is_fast else ()
         self._added = _any_of(str(token) for token in added)
+        self._backend = _plain_backend(tokenizer)
+        self.segments = None if self._backend is None else Segments.of(self._backend)
         self._known: dict[str, list[int]] = {}
+        self._inside: dict[str, list[int]] = {}
 
     def prefetch(self, texts: Iterable[str]) -> None:
-        """Encode all texts at once, on all cores; forget earlier ones."""
-        self._known = {}
-        fresh = list(dict.fromkeys(text for text in texts if text))
+        """Encode all texts at once, on all cores, unless that is no faster; forget earlier ones."""
+        self._known, self._inside = {}, {}
+        fresh = [] if self.segments is not None else list(dict.fromkeys(text for text in texts if text))
         if fresh:
             self._known = dict(zip(fresh, self._encode(fresh, self.add_special_tokens), strict=True))
 
     def ids(self, text: str) -> list[int]:
         """(n,) ids of a text from its beginning."""
         if text not in self._known:
-            return self._encode([text], self.add_special_tokens)[0]
+            self._known[text] = self._encode([text], self.add_special_tokens)[0]
         return self._known[text]
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        if self.segments is not None:
+            return [self.segments.ids(text, special=add_special_tokens) for text in texts]
+        if self._backend is not None and self._backend.padding is None and self._backend.truncation is None:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in found]
         # verbose: a text longer than the tokenizer's own limit is ours to cut, not to be warned of.
         found = self.tokenizer(
             list(texts),
@@ -215,9 +229,20 @@ class Encoder:
         text of the two would merge over the boundary, a model that was given the prompt cannot take its
         last token back: ``rest`` is then encoded by itself.
         """
-        tail = self.tail(prompt_text)
-        before, both = self.ids(tail), self.ids(tail + rest)
+        before, both = self._together(self.tail(prompt_text), rest)
         return both[len(before) :] if both[: len(before)] == before else self._alone(rest)
+
+    def _together(self, tail: str, rest: str) -> tuple[list[int], list[int]]:
+        """Ids of the tail, and of the two together, both without those that are the same in them for certain."""
+        at = None if self.segments is None else self.segments.last_word(tail)
+        if at is None:
+            return self.ids(tail), self.ids(tail + rest)
+        return self._ids_inside(tail[at:]), self._ids_inside(tail[at:] + rest)
+
+    def _ids_inside(self, text: str) -> list[int]:
+        if text not in self._inside and self.segments is not None:
+            self._inside[text] = self.segments.inside(text)
+        return self._inside[text]
 
     def _alone(self, text: str) -> list[int]:
         for anchor in _ANCHORS:
@@ -225,3 +250,17 @@ class Encoder:
             if both[: len(before)] == before:
                 return both[len(before) :]
         return self._encode([text], False)[0]
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """What encodes for a fast tokenizer that is called as all are; None of a class that adds something of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = type(tokenizer)
+    plain = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(own, name) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus")
+    )
+    if not plain or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    tokenizer([" "], verbose=False)  # takes padding and truncation off, where its file has some
+    return tokenizer.backend_tokenizer

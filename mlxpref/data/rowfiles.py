@@ -36,13 +36,18 @@ def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 def write_jsonl(file: Path, rows: Iterable[tuple[str, Row]]) -> None:
     """Write (id, row) pairs, one JSON object a line, UTF-8. DataError names a row that JSON cannot hold."""
-    with file.open("w", encoding="utf8", newline="\n") as lines:
+    with file.open("wb") as lines:
         for name, row in rows:
-            try:
-                text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-                lines.write(_one_line(text) + "\n")
-            except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
-                raise DataError(f"example {name!r} cannot be written as JSON: {error}") from error
+            lines.write(json_line(name, row))
+
+
+def json_line(name: str, row: Row) -> bytes:
+    """A row as a line of such a file. DataError, with its name, if JSON cannot hold it."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        return (_one_line(text) + "\n").encode("utf8")
+    except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
+        raise DataError(f"example {name!r} cannot be written as JSON: {error}") from error
 
 
 def _one_line(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlxpref.data.picking import ASKED_FOR, TOP, WEAKEST, Picking, parse_weakest
 from mlxpref.data.scoring import Scoring
+from mlxpref.data.stored import gather
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, raise_all
 from mlxpref.records import Counts, Dropped, Scored
@@ -68,7 +69,7 @@ class Shaped:
         notes: what the user should look at, a sentence each.
     """
 
-    splits: dict[str, list[Scored]]
+    splits: dict[str, Sequence[Scored]]
     shaping: Shaping
     counts: dict[str, Counts] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -87,9 +88,9 @@ def shape_splits(
         DataError: no example is left of a split, or ``strict`` and one cannot be used.
     """
     scoring, picking = shaping.scoring, shaping.picking
-    work = _Work({name: list(examples) for name, examples in splits.items()})
     if not (scoring.acts or picking.acts):
-        return Shaped(work.splits, shaping)
+        return Shaped({**splits}, shaping)
+    work = _Work({**splits})
     scoring = scoring.fit(work.training)
     work.through(scoring)
     work.through(lambda example: picking.narrow(example, seed=seed))
@@ -113,30 +114,33 @@ FLIPPED = "preference turned round (weakest)"
 class _Work:
     """The examples on their way, and what is counted there."""
 
-    def __init__(self, splits: dict[str, list[Scored]]) -> None:
+    def __init__(self, splits: dict[str, Sequence[Scored]]) -> None:
         self.splits = splits
         self.train = "train" if "train" in splits else next(iter(splits))
         self.counts = {name: Counts() for name in splits}
         self.problems: list[str] = []
 
     @property
-    def training(self) -> list[Scored]:
+    def training(self) -> Sequence[Scored]:
         return self.splits[self.train]
 
     def through(self, step: Callable[[Scored], Scored | Dropped], changed: str | None = None) -> None:
         """Every example through one step; ``changed`` counts those that come out another."""
-        for name, examples in self.splits.items():
-            self.splits[name] = []
-            for example in examples:
-                result = _tried(step, example)
-                if isinstance(result, Scored):
-                    self.splits[name].append(result)
-                    if changed is not None and result is not example:
-                        self.counts[name].notes[changed] = self.counts[name].notes.get(changed, 0) + 1
-                    continue
-                self.counts[name].drop(result)
-                if result.reason not in ASKED_FOR:
-                    self.problems.append(f"{result.where}: {result.reason}")
+        self.splits = {name: gather(self._passed(step, name, rows, changed)) for name, rows in self.splits.items()}
+
+    def _passed(
+        self, step: Callable[[Scored], Scored | Dropped], name: str, examples: Sequence[Scored], changed: str | None
+    ) -> Iterator[Scored]:
+        for example in examples:
+            result = _tried(step, example)
+            if isinstance(result, Scored):
+                if changed is not None and result is not example:
+                    self.counts[name].notes[changed] = self.counts[name].notes.get(changed, 0) + 1
+                yield result
+                continue
+            self.counts[name].drop(result)
+            if result.reason not in ASKED_FOR:
+                self.problems.append(f"{result.where}: {result.reason}")
 
 
 def _tried(step: Callable[[Scored], Scored | Dropped], example: Scored) -> Scored | Dropped:

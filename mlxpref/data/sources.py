@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mlxpref.data.formats import FORMATS, get_format
 from mlxpref.data.messages import Unusable
 from mlxpref.data.readers import Rows
 from mlxpref.data.scale import Range
+from mlxpref.data.stored import gather
 from mlxpref.data.tables import SourceSpec, Table, find_split, open_table
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, ScoreError, UsageError, raise_all
@@ -283,7 +284,7 @@ def _merged(group: Sequence[tuple[str, Any]]) -> tuple[str, Any]:
 
 def read_source(
     specs: SourceSpec | Source | Sequence[SourceSpec | Source], *, strict: bool = False, seed: int = 0
-) -> tuple[list[Scored], Counts]:
+) -> tuple[Sequence[Scored], Counts]:
     """All examples of one or several sources, in their order, with the count of what was dropped.
 
     A source of weight w gives each of its usable examples floor(w) times, and a random share of them,
@@ -300,44 +301,56 @@ def read_source(
     given = [specs] if isinstance(specs, SourceSpec | Source) else list(specs)
     sources = [entry if isinstance(entry, Source) else open_source(entry) for entry in given]
     counts, taken = Counts(), set[str]()
-    examples: list[Scored] = []
+    parts: list[Sequence[Scored]] = []
     problems: list[Dropped] = []
-    for place, source in enumerate(sources):
-        usable: list[Scored] = []
-        own = Counts()
+
+    def passed(source: Source, own: Counts) -> Iterator[Scored]:
         for row in source.read(taken):
             if isinstance(row, Scored):
-                usable.append(row)
+                yield row
             else:
                 own.drop(row)
                 counts.drop(row)
-                problems.append(row)
+                if strict:
+                    problems.append(row)
+
+    for place, source in enumerate(sources):
+        own = Counts()
+        usable = gather(passed(source, own))
         if not usable:
             raise_all(list(own.lines()), DataError, f"{source.spec.path}: no row of it can be used")
         mixed = _weighted(usable, source.spec.weight, np.random.default_rng([seed, place]), taken)
         if len(mixed) < len(usable):
             reason = f"left out by weight {source.spec.weight:g} of {source.spec.path}"
             counts.dropped[reason] = counts.dropped.get(reason, 0) + len(usable) - len(mixed)
-        examples += mixed
+        parts.append(mixed)
     if strict and problems:
         _raise_strict(problems)
+    examples = parts[0] if len(parts) == 1 else gather(chain.from_iterable(parts))
     if not examples:
         raise DataError("no example is left: the weights of the sources are too small for their rows")
     counts.kept = len(examples)
     return examples, counts
 
 
-def _weighted(rows: list[Scored], weight: float, rng: np.random.Generator, taken: set[str]) -> list[Scored]:
+def _weighted(
+    rows: Sequence[Scored], weight: float, rng: np.random.Generator, taken: set[str]
+) -> Sequence[Scored]:
     whole, part = divmod(weight, 1)
     again = np.sort(rng.permutation(len(rows))[: round(part * len(rows))])
-    picked = rows * min(int(whole), 1)
-    for extra in [*(rows for _ in range(int(whole) - 1)), [rows[i] for i in again]]:
-        for row in extra:
-            if whole:
-                row = dataclasses.replace(row, example_id=unlike(row.example_id, taken))
-                taken.add(row.example_id)
-            picked.append(row)
-    return picked
+    if whole == 1 and not len(again):
+        return rows
+
+    def picked() -> Iterator[Scored]:
+        yield from rows if whole else ()
+        for extra in [*(rows for _ in range(int(whole) - 1)), (rows[i] for i in again)]:
+            for row in extra:
+                if whole:
+                    row = dataclasses.replace(row, example_id=unlike(row.example_id, taken))
+                    taken.add(row.example_id)
+                yield row
+
+    return gather(picked())
 
 
 def _raise_strict(problems: Sequence[Dropped]) -> None:

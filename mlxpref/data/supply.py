@@ -7,19 +7,24 @@ row's goal, and ``groups`` as indices.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxpref.data.columns import MADE_BY_STEPS, goal_distances, text_of_column, unusable, width_of
 from mlxpref.data.drafts import OWN_TEXTS, as_number
 from mlxpref.data.recipe import OVERALL, Recipe
+from mlxpref.data.relabelled import RelabelledRows
+from mlxpref.data.stored import Joined, gather
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, raise_all
 from mlxpref.records import Conditioned, Counts, Dropped
 from mlxpref.rewards.comparisons import win_rates
 
-Splits = Mapping[str, Sequence[Conditioned]]
+Rows = Sequence[Conditioned] | RelabelledRows
+"""Rows that can be gone through again and again."""
+
+Splits = Mapping[str, Rows]
 
 COMPUTED = " (`mlxpref columns` computes it)"
 REMEDIES = {
@@ -61,7 +66,7 @@ class Supplied:
         said: what was decided, a sentence each.
     """
 
-    splits: dict[str, list[Conditioned]]
+    splits: dict[str, Rows]
     groups: tuple[str, ...] = ()
     counts: Mapping[str, Counts] = field(default_factory=dict)
     said: tuple[str, ...] = ()
@@ -79,12 +84,16 @@ def supply(splits: Splits, needs: Collection[str], recipe: Recipe | None = None)
     """
     wanted = sorted({text_of_column(name) or name for name in needs} - MADE_BY_STEPS)
     _refuse_joint_goals(splits)
+    if not wanted:
+        return Supplied({**splits})
     usable, counts = _usable(splits, wanted)
-    every = [row for rows in usable.values() for row in rows]
+    every = Joined(*usable.values())
     attributes = _Attributes.of(every, recipe)
     _check(every, wanted, attributes)
     groups = _groups(usable) if "groups" in wanted else ()
-    found = {name: [_with(row, wanted, groups, attributes) for row in rows] for name, rows in usable.items()}
+    found: dict[str, Rows] = {
+        name: gather(_with(row, wanted, groups, attributes) for row in rows) for name, rows in usable.items()
+    }
     replaced = "win_rates" in wanted and any("win_rates" in row.extras and row.goal is not None for row in every)
     said = ("win_rates of rows with a goal are those of their rewards under it, not the data's",) * replaced
     return Supplied(found, groups, counts, said)
@@ -94,24 +103,30 @@ def supply(splits: Splits, needs: Collection[str], recipe: Recipe | None = None)
 
 
 def _refuse_joint_goals(splits: Splits) -> None:
-    rows = [row for rows in splits.values() for row in rows if "instructions" in row.extras and row.goal is not None]
+    may = [r for r in splits.values() if not isinstance(r, RelabelledRows) or "instructions" in r.extras]
+    rows = [row for rows in may for row in rows if "instructions" in row.extras and row.goal is not None]
     if rows:
         raise DataError(f"{counted(len(rows), 'row')} (first {rows[0].place}) cannot state a goal: {JOINT_GOAL}")
 
 
-def _usable(splits: Splits, wanted: Collection[str]) -> tuple[dict[str, list[Conditioned]], dict[str, Counts]]:
+def _usable(
+    splits: Splits, wanted: Collection[str]
+) -> tuple[dict[str, Sequence[Conditioned]], dict[str, Counts]]:
     """Without the rows that have a value for a column asked for, but none that can be used."""
-    kept: dict[str, list[Conditioned]] = {}
+    kept: dict[str, Sequence[Conditioned]] = {}
     counts: dict[str, Counts] = {}
-    for name, rows in splits.items():
-        own = counts[f"columns/{name}"] = Counts()
-        kept[name] = []
+
+    def passed(rows: Rows, own: Counts) -> Iterator[Conditioned]:
         for row in rows:
             reason = next((why for column in wanted if (why := unusable(row.extras.get(_source(column))))), None)
             if reason is None:
-                kept[name].append(row)
+                yield row
             else:
                 own.drop(Dropped(reason, row.place))
+
+    for name, rows in splits.items():
+        own = counts[f"columns/{name}"] = Counts()
+        kept[name] = gather(passed(rows, own))
         own.kept = len(kept[name])
     return kept, {name: own for name, own in counts.items() if own.dropped}
 

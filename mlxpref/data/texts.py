@@ -7,8 +7,9 @@ the rationale scored. ``mismatched`` is a response that was given to another pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 import numpy as np
 
@@ -115,12 +116,20 @@ def with_mismatched(rows: Sequence[Tokenized], examples: Sequence[Conditioned], 
 
     Source: TRL's KTO, which shifts responses by one example, within batches of its preprocessing.
     """
-    keys = [_asked(example) for example in examples]
+    return list(mismatched(rows, [asked(example) for example in examples], max_length))
+
+
+def mismatched(rows: Sequence[Tokenized], keys: Sequence[object], max_length: int) -> Iterator[Tokenized]:
+    """As :func:`with_mismatched`, one after the other; ``keys`` are equal where prompts are."""
     others = _next_other(keys)
-    return [
-        _with_text(row, "mismatched", rows[other].response_ids[at % 2][: max_length - len(row.prompt_ids)])
-        for at, (row, other) in enumerate(zip(rows, others, strict=True))
-    ]
+    for at, (row, other) in enumerate(zip(rows, others, strict=True)):
+        ids = rows[other].response_ids[at % 2][: max_length - len(row.prompt_ids)]
+        yield _with_text(row, "mismatched", ids)
+
+
+def asked(example: Conditioned) -> bytes:
+    """What is the same for all halves of a source, and different for different prompts."""
+    return blake2b(repr(_asked(example)).encode("utf8", "surrogatepass"), digest_size=16).digest()
 
 
 def _asked(example: Conditioned) -> tuple[tuple[str, str], ...]:

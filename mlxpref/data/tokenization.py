@@ -7,14 +7,19 @@ where a row is too long is decided in ``tokens.py``; further texts come from ``t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
+from typing import Any, TypeVar
 
 from mlxpref.data.boundary import prompt_ids
 from mlxpref.data.columns import one_type_a_column
+from mlxpref.data.many import Block, keep
+from mlxpref.data.processes import cores, shared_out
 from mlxpref.data.render import Encoder, load_tokenizer, render_prompt
-from mlxpref.data.texts import with_mismatched
+from mlxpref.data.stored import IN_MEMORY, blocks
+from mlxpref.data.texts import asked, mismatched
 from mlxpref.data.tokens import Limits, Reader, Truncation
 from mlxpref.data.words import counted
 from mlxpref.errors import DataError, raise_all
@@ -24,6 +29,8 @@ __all__ = ["encode_prompt", "load_tokenizer", "render_prompt", "tokenize", "toke
 
 STRICT_SHOWN = 10
 """Problems listed by a strict tokenization."""
+
+T = TypeVar("T")
 
 _AT_ONCE = 256
 """Examples whose texts are encoded in one call; halves of one source are not parted."""
@@ -95,44 +102,129 @@ def tokenize_all(
     strict: bool = False,
     texts: Collection[str] = (),
     token_weights: bool = False,
-) -> tuple[list[Tokenized], Counts]:
+    num_proc: int | None = None,
+) -> tuple[Sequence[Tokenized], Counts]:
     """Tokens of all examples, in their order, and what was dropped and cut; else as :func:`tokenize`.
 
     Neighbours of one ``example_id`` are halves of one source and are cut, or dropped, alike. A column that
     holds whole numbers in some rows and fractions in others becomes fractions in all. The text "mismatched"
-    is a response of another row that is kept, see ``texts.with_mismatched``.
+    is a response of another row that is kept, see ``texts.with_mismatched``. The examples are gone through once.
+    Some thousands of rows are a list; more lie on disk, and are read when they are asked for.
+
+    Args:
+        num_proc: processes that share many rows; None: one a core. The result is the same for any number.
 
     Raises:
         DataError: ``strict``, and a row was dropped; or a text that cannot be read.
         ConfigError: as :func:`tokenize`.
+        RunError: there is no room on disk for many rows.
     """
     limits = Limits(max_length, max_prompt_length, truncation)
-    reader = Reader(tokenizer, texts, token_weights)
-    rows: list[Tokenized] = []
-    kept: list[Conditioned] = []
-    dropped: list[Dropped] = []
-    counts = Counts()
-    for chunk in _chunks(examples):
+    Reader(tokenizer, texts, token_weights)  # which refuses texts that there are not
+    work = _Work(tokenizer, limits, tuple(texts), token_weights)
+    coming = _chunks(examples)
+    chunks = list(islice(coming, IN_MEMORY // _AT_ONCE + 1))
+    few = sum(map(len, chunks)) <= IN_MEMORY
+    told = _Told()
+    rows: Sequence[Tokenized]
+    if few:
+        rows = one_type_a_column([row for read in map(work, chunks) for row in told.hear(read)])
+    else:
+        rest = chain(_emptied(chunks), coming)
+        rows = keep(told.hear(read) for read in shared_out(_Blocks(work), rest, num_proc or cores()))
+    if strict:
+        _raise_strict(told.dropped)
+    if "mismatched" in texts and len(rows):
+        others = mismatched(rows, told.asked, max_length)
+        rows = one_type_a_column(list(others)) if few else keep(map(Block.of, blocks(others)))
+    return rows, told.counts(len(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What came of a chunk: its rows, those that were dropped, notes of those kept, and what they were asked."""
+
+    rows: Any
+    dropped: list[Dropped]
+    notes: dict[str, int]
+    asked: list[bytes]
+
+
+class _Work:
+    """Reads chunks; what it has read before makes the next one faster."""
+
+    def __init__(self, tokenizer: Any, limits: Limits, texts: tuple[str, ...], token_weights: bool) -> None:
+        self.made_of = tokenizer, limits, texts, token_weights
+        self.limits, self.texts = limits, texts
+        self.reader = Reader(tokenizer, texts, token_weights)
+
+    def __reduce__(self) -> Any:
+        return _Work, self.made_of
+
+    def __call__(self, chunk: Sequence[Conditioned]) -> _Read:
+        rows: list[Tokenized] = []
+        dropped: list[Dropped] = []
+        keys: list[bytes] = []
+        reader = self.reader
+        reader.rewritten = reader.goals_lost = reader.texts_cut = 0
         alike = _goal_texts(chunk)
         for example, sides in zip(chunk, reader.prefetch(chunk), strict=True):
-            row = reader.read(example, limits, sides, alike[example.example_id])
+            row = reader.read(example, self.limits, sides, alike[example.example_id])
             if isinstance(row, Dropped):
                 dropped.append(row)
-                counts.drop(row)
-            else:
-                rows.append(row)
-                kept.append(example)
-    if strict:
-        _raise_strict(dropped)
-    if "mismatched" in texts and rows:
-        rows = with_mismatched(rows, kept, max_length)
-    counts.kept = len(rows)
-    _note(counts, NO_PREFIX, reader.rewritten)
-    _note(counts, GOAL_LOST, reader.goals_lost)
-    _note(counts, PROMPT_CUT, sum(row.prompt_cut > 0 for row in rows))
-    _note(counts, RESPONSE_CUT, sum(any(row.response_cut) for row in rows))
-    _note(counts, TEXT_CUT, reader.texts_cut)
-    return one_type_a_column(rows), counts
+                continue
+            rows.append(row)
+            if "mismatched" in self.texts:
+                keys.append(asked(example))
+        notes = {
+            NO_PREFIX: reader.rewritten,
+            GOAL_LOST: reader.goals_lost,
+            PROMPT_CUT: sum(row.prompt_cut > 0 for row in rows),
+            RESPONSE_CUT: sum(any(row.response_cut) for row in rows),
+            TEXT_CUT: reader.texts_cut,
+        }
+        return _Read(rows, dropped, notes, keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """The same work, whose rows come as a block for the disk."""
+
+    work: _Work
+
+    def __call__(self, chunk: Sequence[Conditioned]) -> _Read:
+        read = self.work(chunk)
+        return replace(read, rows=Block.of(read.rows))
+
+
+class _Told:
+    """What was heard of all chunks, in their order."""
+
+    def __init__(self) -> None:
+        self.dropped: list[Dropped] = []
+        self.asked: list[bytes] = []
+        self._counts, self._notes = Counts(), Counter[str]()
+
+    def hear(self, read: _Read) -> Any:
+        """The rows of a chunk; the rest is noted."""
+        self.dropped += read.dropped
+        self.asked += read.asked
+        self._notes.update(read.notes)
+        for row in read.dropped:
+            self._counts.drop(row)
+        return read.rows
+
+    def counts(self, kept: int) -> Counts:
+        self._counts.kept = kept
+        self._counts.notes |= {what: n for what, n in self._notes.items() if n}
+        return self._counts
+
+
+def _emptied(chunks: list[T]) -> Iterator[T]:
+    """The chunks in order, none of them kept."""
+    chunks.reverse()
+    while chunks:
+        yield chunks.pop()
 
 
 def _raise_strict(dropped: Sequence[Dropped]) -> None:
@@ -162,7 +254,3 @@ def _goal_texts(examples: Iterable[Conditioned]) -> Mapping[str, frozenset[str]]
         found[example.example_id] = found.get(example.example_id, frozenset()) | own
     return found
 
-
-def _note(counts: Counts, what: str, n: int) -> None:
-    if n:
-        counts.notes[what] = n

@@ -7,8 +7,8 @@ all of them are made explicit arguments here, and what the layer records is made
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +18,9 @@ import mlx.nn as nn
 class _Layer:
     """A layer that keeps its inputs and computes its insides again in the backward pass."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, kernels: Callable[[], AbstractContextManager[None]]):
         self._layer = layer
+        self._kernels = kernels
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -37,7 +38,8 @@ class _Layer:
             inner = None if cache is None else cache.with_given(given)
             replaced = (inner if i == position else value for i, value in enumerate(args))
             named = {name: inner if name == position else value for name, value in kwargs.items()}
-            output = layer(hidden, *replaced, **named)
+            with self._kernels():  # the backward pass traces this anew, when those around the whole pass have gone
+                output = layer(hidden, *replaced, **named)
             return output, [] if inner is None else inner.arrays()
 
         parameters = layer.trainable_parameters()
@@ -58,13 +60,18 @@ def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | st
 
 
 @contextmanager
-def checkpointed_layers(body: nn.Module, first: int) -> Iterator[None]:
+def checkpointed_layers(
+    body: nn.Module, first: int, kernels: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
     """Within this context, layers from index ``first`` on are checkpointed.
 
     Layers below train nothing and receive no gradient: they have nothing to recompute.
+
+    Args:
+        kernels: a fresh context in which a layer is traced.
     """
     name, layers = _layers_of(body)
-    body[name] = [_Layer(layer) if i >= first else layer for i, layer in enumerate(layers)]
+    body[name] = [_Layer(layer, kernels) if i >= first else layer for i, layer in enumerate(layers)]
     try:
         yield
     finally:

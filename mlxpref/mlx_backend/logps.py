@@ -20,15 +20,17 @@ chunk, so soft-caps, scales, tied and quantised heads need no case of their own.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxpref.mlx_backend import prefix
+from mlxpref.mlx_backend import kernels, prefix
 from mlxpref.mlx_backend.checkpointing import checkpointed_layers
+from mlxpref.mlx_backend.elementwise import on_cpu, picked_logps
 from mlxpref.records import Logps, MicroBatch
 
 HEAD_CHUNK = 512
@@ -77,6 +79,8 @@ class Network:
         outer: names of trainable parameters outside the layers, which the head may use.
         grad_checkpoint: recompute layers in the backward pass.
         first_adapted: index of the lowest layer that trains; nothing below is differentiated.
+        own_kernels: whether functions of ours take the place of some of MLX's while a pass is traced.
+        sites: where the model uses these.
     """
 
     def __init__(self, model: nn.Module, *, vocabulary: int, split_head: bool = True):
@@ -87,6 +91,8 @@ class Network:
         self.grad_checkpoint = False
         self.first_adapted = 0
         self.outer: tuple[str, ...] = ()
+        self.own_kernels = True
+        self.sites = kernels.Sites({}, ())
 
     def hidden(self, inputs: mx.array, cache: list[Any] | None) -> mx.array:
         """(R, T) ids → (R, T, D) hidden states, or (R, T, V) logits when the head is not split."""
@@ -115,7 +121,7 @@ class Network:
             statistics: of "overlap" and "token_kl"; the latter needs the extra ``reference_hidden``, as
                 ``hidden_rows`` of the reference gives it.
         """
-        picked = self.hidden_rows(micro_batch)
+        picked = self.hidden_rows(micro_batch, differentiate=differentiate)
         other = micro_batch.extras.get("reference_hidden") if "token_kl" in statistics else None
         flat = _chunked(self, picked, micro_batch.targets, differentiate, sorted(statistics), other)
         laid = [self._lay(values, micro_batch) for values in flat]
@@ -125,9 +131,9 @@ class Network:
         """Log-probs of every scored token, float32 nats, (B, S, L)."""
         return self.token_values(micro_batch, differentiate=differentiate)[0]
 
-    def hidden_rows(self, micro_batch: MicroBatch) -> mx.array:
+    def hidden_rows(self, micro_batch: MicroBatch, *, differentiate: bool = False) -> mx.array:
         """(N, D) hidden states that predict a scored token."""
-        with self._layers():
+        with self._layers(), self._kernels(differentiate):
             rows = self._response_rows(micro_batch)
         return mx.take(rows, micro_batch.scored, axis=0)
 
@@ -151,21 +157,27 @@ class Network:
             rows.append(hidden.reshape(-1, hidden.shape[-1]))
         return mx.concatenate(rows) if len(rows) > 1 else rows[0]
 
+    def _kernels(self, differentiate: bool) -> AbstractContextManager[None]:
+        return kernels.in_place(self.sites, differentiate=differentiate) if self.own_kernels else nullcontext()
+
     @contextmanager
     def _layers(self) -> Iterator[None]:
         if not self.grad_checkpoint:
             yield
             return
-        with checkpointed_layers(self.owner[self.body_name] if self.body_name else self.owner, self.first_adapted):
+        body = self.owner[self.body_name] if self.body_name else self.owner
+        with checkpointed_layers(body, self.first_adapted, partial(self._kernels, True)):
             yield
 
 
 def _row_logps(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
     """(N, D), (N,) → (N,) float32 log-probs of the targets."""
     logits = network.head(hidden)
-    if mx.default_device() != mx.Device(mx.cpu) and hasattr(mx.fast, "cross_entropy"):
+    if not on_cpu() and hasattr(mx.fast, "cross_entropy"):
         return -mx.fast.cross_entropy(logits, targets)  # fused, accumulates in float32
     logits = logits.astype(mx.float32)
+    if network.own_kernels:
+        return picked_logps(logits, targets)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return picked - mx.logsumexp(logits, axis=-1)
 

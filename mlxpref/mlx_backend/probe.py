@@ -43,12 +43,14 @@ class Ways:
 
     Attributes:
         chosen: "shared" or "plain".
+        own_kernels: functions of ours in the place of some of MLX's.
         split_head: logits of response positions alone, in chunks.
         shared, checkpointed: the comparisons behind it; the latter along the chosen way.
         tolerance: what rounding alone may explain in this dtype.
     """
 
     chosen: str
+    own_kernels: bool
     split_head: bool
     shared: Probe
     checkpointed: Probe | None
@@ -64,6 +66,7 @@ def choose_way(policy: Policy) -> Ways:
     wanted = policy.network.grad_checkpoint
     ways = examine(policy, checkpointing=wanted)
     policy.way, policy.network.split_head, policy.network.grad_checkpoint = ways.chosen, ways.split_head, wanted
+    policy.network.own_kernels = ways.own_kernels
     if ways.checkpointed is not None and not ways.checkpointed.exact(ways.tolerance):
         found = ways.checkpointed
         raise ModelError(
@@ -78,24 +81,33 @@ def examine(policy: Policy, *, checkpointing: bool = True) -> Ways:
     network, training = policy.network, policy.model.training
     rows = _random_rows(vocabulary_size(policy.config))
     plain, shared = micro_batch(rows, shared=0), micro_batch(rows, shared=5)
-    held = network.split_head, network.grad_checkpoint
+    held = network.split_head, network.grad_checkpoint, network.own_kernels
     network.grad_checkpoint = False
     _training_without_dropout(policy.model)
     try:
         reference = Network(policy.model, vocabulary=network.vocabulary, split_head=False)
+        reference.own_kernels = False
         whole = _outcome(policy, plain, reference)
         noise = _compare(policy, micro_batch(rows, shared=0, padding=8), reference, whole)
         tolerance = TOLERANCE[dtype_name(policy.model)] + 2 * max(noise.logps, noise.gradients)
-        if network.split_head:
-            network.split_head = _compare(policy, plain, network, whole).exact(tolerance)
+        for network.own_kernels, network.split_head in _choices(network):
+            if _compare(policy, plain, network, whole).exact(tolerance):
+                break
         sharing = _compare(policy, shared, network, whole)
         exact = sharing.exact(tolerance)
         network.grad_checkpoint = checkpointing
         again = _compare(policy, shared if exact else plain, network, whole) if checkpointing else None
-        return Ways("shared" if exact else "plain", network.split_head, sharing, again, tolerance)
+        chosen = "shared" if exact else "plain"
+        return Ways(chosen, network.own_kernels, network.split_head, sharing, again, tolerance)
     finally:
-        network.split_head, network.grad_checkpoint = held
+        network.split_head, network.grad_checkpoint, network.own_kernels = held
         policy.model.train(training)
+
+
+def _choices(network: Network) -> list[tuple[bool, bool]]:
+    """(own kernels, split head), best first; the last is MLX's own way with whole rows of logits."""
+    wanted = [(own, split) for own in (True, False) for split in (True, False)]
+    return [(own, split) for own, split in wanted if own <= network.own_kernels and split <= network.split_head]
 
 
 def _training_without_dropout(model: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +12,7 @@ import numpy as np
 
 from mlxpref.errors import ModelError
 from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
+from mlxpref.mlx_backend.lanes import Job, PerLane
 from mlxpref.mlx_backend.policy import Policy
 from mlxpref.records import Logps, MicroBatch
 
@@ -25,6 +28,14 @@ def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = Fa
         NumPy float32, (B, S, L), nats.
     """
     return to_numpy(_read(policy, micro_batch, "logps", _logps, reference))
+
+
+def many_token_logps(policy: Policy, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Logps]:
+    """``token_logps`` of each, as many at a time as there are lanes."""
+    turns = [(index % policy.lanes.n, batch) for index, batch in enumerate(micro_batches)]
+    with _being(policy, reference):
+        jobs = [Job(lane, partial(_lazily, policy, batch, "logps", _logps, reference, lane)) for lane, batch in turns]
+        return [to_numpy(found) for found in policy.lanes.run(jobs)]
 
 
 def hidden_rows(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> mx.array:
@@ -73,6 +84,35 @@ def _read(
     reference: bool,
 ) -> Any:
     """A compiled forward pass of the policy or its reference, evaluated."""
+    with _being(policy, reference):
+        result = _lazily(policy, micro_batch, what, function, reference, 0)
+        mx.eval(result)
+        return result
+
+
+@contextmanager
+def _being(policy: Policy, reference: bool) -> Iterator[None]:
+    """Within this context the model is the policy or its reference, dropout off."""
+    was_training = policy.model.training
+    if was_training:
+        policy.model.eval()
+    try:
+        with policy.as_reference() if reference else nullcontext():
+            yield
+    finally:
+        if was_training:
+            policy.model.train()
+
+
+def _lazily(
+    policy: Policy,
+    micro_batch: MicroBatch,
+    what: str,
+    function: Callable[[Policy, MicroBatch], Any],
+    reference: bool,
+    lane: int,
+) -> Any:
+    """The same, not evaluated, of the model as it is now."""
     if (what, reference) not in policy.compiled:
         # Weights that move are arguments; a captured array would be a constant of the graph.
         def forward(parameters: dict[str, mx.array], batch: MicroBatch) -> Any:
@@ -84,21 +124,5 @@ def _read(
             finally:
                 policy.update(held)
 
-        policy.compiled[what, reference] = mx.compile(forward)
-    was_training = policy.model.training
-    if was_training:
-        policy.model.eval()
-    try:
-        if not reference:
-            return _evaluated(policy, what, reference, micro_batch)
-        with policy.as_reference():
-            return _evaluated(policy, what, reference, micro_batch)
-    finally:
-        if was_training:
-            policy.model.train()
-
-
-def _evaluated(policy: Policy, what: str, reference: bool, micro_batch: MicroBatch) -> Any:
-    result = policy.compiled[what, reference](policy.trainable(), to_mlx(micro_batch))
-    mx.eval(result)
-    return result
+        policy.compiled[what, reference] = PerLane(forward)
+    return policy.compiled[what, reference][lane](policy.trainable(), to_mlx(micro_batch))

@@ -7,7 +7,8 @@ state, learning rate), so a shape is traced once and never again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlxpref.errors import ConfigError, RunError
-from mlxpref.mlx_backend import reading
-from mlxpref.mlx_backend.adapter import write_safetensors
+from mlxpref.errors import ConfigError
+from mlxpref.mlx_backend import reading, step_state
 from mlxpref.mlx_backend.arrays import to_mlx
+from mlxpref.mlx_backend.lanes import Job, PerLane
 from mlxpref.mlx_backend.memory import memory, trim_cache
 from mlxpref.mlx_backend.moving import MovingReference
 from mlxpref.mlx_backend.optimizers import make_optimizer
@@ -28,8 +29,6 @@ from mlxpref.objectives.registry import FROM_MODEL
 from mlxpref.records import Batch, Logps, MicroBatch, StepReport
 from mlxpref.steps import Figures, columns, parts_of, report
 from mlxpref.workers import Workers
-
-STATE = "step_state.safetensors"
 
 
 class _Part(NamedTuple):
@@ -79,12 +78,13 @@ class Step:
         self.workers = Workers() if workers is None else workers
         self._statistics = objective.needs & FROM_MODEL
         self._step_peak = 0.0
-        state = mx.random.state
-        self._gradients = mx.compile(self._gradients_of, inputs=state, outputs=state)
-        self._values = mx.compile(self._values_of, inputs=state, outputs=state)
-        self._pull = mx.compile(self._pull_of, inputs=state, outputs=state)
-        self._add = mx.compile(lambda one, other: {name: one[name] + other[name] for name in one})
-        self._losses = mx.compile(self._losses_of)
+        self.lanes = policy.lanes
+        state = {"inputs": mx.random.state, "outputs": mx.random.state}
+        self._gradients = PerLane(self._gradients_of, **state)
+        self._values = PerLane(self._values_of, **state)
+        self._pull = PerLane(self._pull_of, **state)
+        self._add = PerLane(_plus)
+        self._losses = PerLane(self._losses_of)
         self._update = mx.compile(self._update_of)
 
     # --- traced functions: pure in their arguments ---
@@ -202,10 +202,10 @@ class Step:
         batch = self._completed(batch, mine)
         arrays = [to_mlx(part) for part in batch.parts]
         if self.objective.coupled:
-            arrays, gradients, found, state = self._coupled(arrays, keys, mine)
+            arrays, gradients, found, state = self._coupled(batch, arrays, keys, mine)
             [gradients] = self._added([gradients])
         else:
-            gradients, own = self._one_by_one(arrays, keys, mine)
+            gradients, own = self._one_by_one(batch, arrays, keys, mine)
             blank = [_blank_sums(part, self._compares(arrays)) for part in arrays]
             parts = [_sums(own[i], arrays[i]) if i in own else blank[i] for i in range(len(arrays))]
             gradients, *found = self._added([gradients, *parts])
@@ -232,19 +232,43 @@ class Step:
         return tree_map(lambda leaf: None if leaf is None else next(pieces), trees)
 
     def _one_by_one(
-        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+        self, batch: Batch, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
     ) -> tuple[dict[str, mx.array], dict[int, _Part]]:
         """Gradients of the mean loss from these micro-batches, each for itself; a part by its index."""
         total = _weight(arrays)
-        gradients, parts = None, {}
-        for index in mine:
+        parts: dict[int, _Part] = {}
+
+        def gradients(lane: int, index: int) -> dict[str, mx.array]:
             _seed(keys[index])
-            found, part = self._gradients(self.policy.masters, arrays[index], total)
-            gradients = found if gradients is None else self._add(gradients, found)
-            parts[index] = part
-            if index != mine[-1]:
-                mx.eval(gradients, part)  # one micro-batch's activations at a time
-        return self._whole(gradients), parts
+            found, parts[index] = self._gradients[lane](self.policy.masters, arrays[index], total)
+            return found
+
+        return self._whole(self._summed(gradients, batch, mine, parts)), parts
+
+    def _summed(
+        self,
+        gradients: Callable[[int, int], dict[str, mx.array]],
+        batch: Batch,
+        mine: Sequence[int],
+        beside: Mapping[int, Any],
+    ) -> dict[str, mx.array] | None:
+        """The sum of what ``gradients`` makes of (lane, micro-batch), each in its lane; None of no micro-batch."""
+        sums: dict[int, dict[str, mx.array]] = {}
+
+        def more(lane: int, index: int) -> Any:
+            found = gradients(lane, index)
+            sums[lane] = self._add[lane](sums[lane], found) if lane in sums else found
+            return sums[lane], beside.get(index)
+
+        self.lanes.run([Job(lane, partial(more, lane, index)) for index, lane in self._lanes_of(batch, mine)])
+        whole = None
+        for lane in sorted(sums):
+            whole = sums[lane] if whole is None else self._add[0](whole, sums[lane])
+        return whole
+
+    def _lanes_of(self, batch: Batch, mine: Sequence[int]) -> list[tuple[int, int]]:
+        """(micro-batch, lane) of each that is to be computed here."""
+        return [(index, batch.lanes[index] % self.lanes.n if batch.lanes else 0) for index in mine]
 
     def _whole(self, gradients: dict[str, mx.array] | None) -> dict[str, mx.array]:
         """In the parameters' order; of a worker that has no part of a small batch: nothing to add."""
@@ -252,19 +276,19 @@ class Step:
         return {name: mx.zeros_like(value) if gradients is None else gradients[name] for name, value in masters.items()}
 
     def _coupled(
-        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+        self, batch: Batch, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
     ) -> tuple[list[MicroBatch], dict[str, mx.array], list[Figures], Any]:
         """The same of losses that depend on the whole batch, and the objective's next state.
 
         All log-probs first; then the objective on all of them, whose slopes towards each token go back
         through the model, micro-batch after micro-batch, with the dropout of the first pass.
         """
-        own = {}
-        for index in mine:
+
+        def forward(lane: int, index: int) -> Values:
             _seed(keys[index])
-            own[index] = self._values(self.policy.masters, arrays[index])
-            mx.eval(own[index])
-        arrays, values = self._gathered(arrays, own)
+            return self._values[lane](self.policy.masters, arrays[index])
+
+        arrays, values = self._gathered(arrays, self._each(forward, batch, mine))
         total = _weight(arrays)
 
         def objective(values: list[Values]) -> tuple[mx.array, Any]:
@@ -273,13 +297,18 @@ class Step:
             return sum(weighted) / total, (losses, state)
 
         (_, (losses, state)), slopes = mx.value_and_grad(objective)(values)
-        gradients = None
-        for index in mine:
+
+        def backward(lane: int, index: int) -> dict[str, mx.array]:
             _seed(keys[index])
-            found = self._pull(self.policy.masters, arrays[index], slopes[index])
-            gradients = found if gradients is None else self._add(gradients, found)
-            mx.eval(gradients)
+            return self._pull[lane](self.policy.masters, arrays[index], slopes[index])
+
+        gradients = self._summed(backward, batch, mine, {})
         return arrays, self._whole(gradients), _all_sums(losses, values, arrays), state
+
+    def _each(self, values: Callable[[int, int], Values], batch: Batch, mine: Sequence[int]) -> dict[int, Values]:
+        """What ``values`` makes of (lane, micro-batch), each in its lane, by micro-batch."""
+        jobs = [Job(lane, partial(values, lane, index)) for index, lane in self._lanes_of(batch, mine)]
+        return dict(zip(mine, self.lanes.run(jobs), strict=True))
 
     def _gathered(
         self, arrays: Sequence[MicroBatch], own: Mapping[int, Values]
@@ -305,11 +334,12 @@ class Step:
         self._train_mode(False)
         mine = parts_of(self.workers, batch)
         batch = self._completed(batch, mine)
-        arrays, own = [to_mlx(part) for part in batch.parts], {}
-        for index in mine:
-            own[index] = self._losses(self.policy.masters, arrays[index])
-            mx.eval(own[index])
-        arrays, values = self._gathered(arrays, own)
+        arrays = [to_mlx(part) for part in batch.parts]
+
+        def forward(lane: int, index: int) -> Values:
+            return self._losses[lane](self.policy.masters, arrays[index])
+
+        arrays, values = self._gathered(arrays, self._each(forward, batch, mine))
         losses, _ = self._apply(values, arrays)
         return report(batch, _all_sums(losses, values, arrays), np.array, norm=0.0, skipped=False)
 
@@ -337,48 +367,13 @@ class Step:
         self._step_peak = max(self._step_peak, memory()["peak"])
         trim_cache(self._step_peak)
 
-    # --- what a checkpoint keeps ---
-
     def save_state(self, folder: Path) -> None:
-        """Write ``step_state.safetensors``: float32 masters, random state, what optimiser and objective carry from
-        step to step, and a reference that moves."""
-        state = {f"masters.{name}": value for name, value in self.policy.masters.items()}
-        state |= {f"optimizer.{name}": value for name, value in tree_flatten(self.optimizer.state)}
-        state |= {f"objective.{name}": value for name, value in tree_flatten(self.state)}
-        if self.moving is not None:
-            state |= {f"reference.{name}": value for name, value in self.moving.save().items()}
-        state["random"] = self.random
-        write_safetensors(folder / STATE, state)
+        """Write what an update depends on besides the model: see ``step_state.save``."""
+        step_state.save(self, folder)
 
     def load_state(self, folder: Path) -> None:
-        """Take up what ``save_state`` wrote, bit for bit.
-
-        Raises:
-            RunError: the file is missing, damaged, or of a run with other parameters.
-        """
-        file = folder / STATE
-        try:
-            state = mx.load(str(file))
-        except (RuntimeError, ValueError) as error:
-            raise RunError(f"{file}: cannot be read ({error})") from error
-        masters = {n.removeprefix("masters."): v for n, v in state.items() if n.startswith("masters.")}
-        if {n: v.shape for n, v in masters.items()} != {n: v.shape for n, v in self.policy.masters.items()}:
-            raise RunError(f"{file}: holds other parameters than this configuration trains")
-        names = [f"optimizer.{name}" for name, _ in tree_flatten(self.optimizer.state)]
-        if missing := [name for name in names if name not in state]:
-            raise RunError(f"{file}: was written by another optimizer (no {missing[0]})")
-        own = [f"objective.{name}" for name, _ in tree_flatten(self.state)]
-        if missing := [name for name in own if name not in state]:
-            raise RunError(f"{file}: was written by a run with another objective (no {missing[0]})")
-        # In the order they had: sums over parameters, such as the gradient's norm, follow it to the last bit.
-        self.policy.set_masters({name: masters[name] for name in self.policy.masters})
-        known = iter(own)
-        self.state = tree_map(lambda _: state[next(known)], self.state)
-        if self.moving is not None:
-            self.moving.load({n.removeprefix("reference."): v for n, v in state.items() if n.startswith("reference.")})
-        moments = iter(names)  # parameter names hold dots: take the structure from the live state
-        self.optimizer.state = tree_map(lambda _: state[next(moments)], self.optimizer.state)
-        self.random = state["random"]
+        """Take up what ``save_state`` wrote, bit for bit. RunError when it is damaged or another run's."""
+        step_state.load(self, folder)
 
 
 def _as_float(value: Any) -> mx.array:
@@ -388,6 +383,10 @@ def _as_float(value: Any) -> mx.array:
 def _weight(arrays: Sequence[MicroBatch]) -> mx.array:
     """Σ of the examples' weights."""
     return mx.array(float(sum(part.weights.sum().item() for part in arrays)), mx.float32)
+
+
+def _plus(one: dict[str, mx.array], other: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name: one[name] + other[name] for name in one}
 
 
 def _seed(key: mx.array) -> None:

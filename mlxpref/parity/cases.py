@@ -83,7 +83,7 @@ class Case:
 
     model: Model
     settings: Settings
-    rows: tuple[Tokenized, ...]
+    rows: Sequence[Tokenized]
     n_groups: int = 1
     fingerprint: str = ""
     told: Mapping[str, Any] | None = None

@@ -269,7 +269,7 @@ def held_out(n: int) -> list[Scored]:
     """``n`` scored pairs of scenes that neither pretraining nor training has seen: of the second half of the test
     file. Settings were chosen looking at the first."""
     examples = _test_pairs()
-    return examples[len(examples) // 2 :][:n]
+    return list(examples[len(examples) // 2 :][:n])
 
 
 def good_losers() -> list[Scored]:
@@ -277,7 +277,7 @@ def good_losers() -> list[Scored]:
     return [one for one in _test_pairs() if one.scores is not None and HIGH <= min(one.scores) < max(one.scores)]
 
 
-def _test_pairs() -> list[Scored]:
+def _test_pairs() -> Sequence[Scored]:
     return read_source(open_source(SourceSpec(path=str(sandbox.TEST))), strict=True)[0]
 
 

@@ -1,9 +1,9 @@
 """The PyTorch machine room: the only importer of torch, transformers' models and peft.
 
 It has the face of the MLX one (``load_policy``, ``token_logps``, ``make_step``, ``save_adapter``,
-``load_adapter``, and generation and device facts beside them) and none of its machinery: whole rows instead of
-shared prompts, autograd instead of compiled graphs, peft's layers instead of mlx-lm's. It is written to be
-read; that two rooms built so differently agree is the evidence that both are right.
+``load_adapter``, and generation and device facts beside them) and none of its machinery: one stream of tokens and an
+attention that takes it apart instead of caches, autograd instead of compiled graphs, peft's layers instead of mlx-lm's.
+It is written to be read; that two rooms built so differently agree is the evidence that both are right.
 """
 
 from mlxpref.torch_backend.adapter import load_adapter, save_adapter

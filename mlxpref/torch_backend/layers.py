@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -140,6 +141,8 @@ def wrapped(model: nn.Module, places: Sequence[str], lora: Mapping[str, Any], do
             layer.scaling["default"] = lora["scale"]  # not alpha / rank, which may round
             if dora:
                 layer.lora_variant["default"] = _Dora
+            elif type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
+                layer.__class__ = _Linear
             model.set_submodule(at, layer)
             found[at] = layer
     return [found[at] for at in places]
@@ -163,6 +166,56 @@ def base_weight(layer: Any) -> Tensor:
     base = layer.get_base_layer()
     held = dequantize_module_weight(base).detach().float()
     return held.T if isinstance(base, Conv1D) else held
+
+
+class _Linear(Linear):
+    """peft's layer around a linear module that stays as it is, in one operation and in the module's dtype."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, dropout = self.base_layer, self.lora_dropout["default"]
+        if self.disable_adapters or base.weight.requires_grad or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        a, b = factors(self)
+        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
+        return _WithTerm.apply(x, dropped, base.weight, base.bias, a, b, self.scaling["default"])
+
+
+class _WithTerm(torch.autograd.Function):
+    """x Wᵀ + bias + scale · z Aᵀ Bᵀ, where z is x, or x with some entries dropped.
+
+    Written out because autograd would keep and add up an array of the outputs' or inputs' size for each term.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """x (…, inputs), weight (outputs, inputs), A (r, inputs), B (outputs, r) → (…, outputs)."""
+        read = (x if dropped is None else dropped).flatten(0, -2)
+        low = read @ a.to(x.dtype).T
+        found = nn.functional.linear(x.flatten(0, -2), weight, bias)
+        found.addmm_(low, b.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(read, low, weight, a, b)
+        ctx.scale, ctx.apart, ctx.shape = scale, dropped is not None, x.shape
+        return found.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        read, low, weight, a, b = ctx.saved_tensors
+        slope = cotangents[0].flatten(0, -2)
+        lower = slope @ b.to(slope.dtype) * ctx.scale
+        of_a = (lower.T @ read).to(a.dtype)
+        of_b = (low.T @ slope).T.mul(ctx.scale).to(b.dtype)
+        of_x = of_dropped = None
+        if ctx.needs_input_grad[0]:
+            of_x = slope @ weight
+            if not ctx.apart:
+                of_x.addmm_(lower, a.to(slope.dtype))
+            of_x = of_x.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            of_dropped = (lower @ a.to(slope.dtype)).view(ctx.shape)
+        return of_x, of_dropped, None, None, of_a, of_b, None
 
 
 class _Dora(DoraLinearVariant):

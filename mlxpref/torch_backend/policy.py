@@ -37,6 +37,7 @@ from mlxpref.torch_backend.arrays import to_numpy
 from mlxpref.torch_backend.layers import Adapted, check_reached
 from mlxpref.torch_backend.loading import dtype_name, load_model
 from mlxpref.torch_backend.logps import Network
+from mlxpref.torch_backend.prefix import recomputing
 from mlxpref.torch_backend.sharding import shard
 from mlxpref.torch_backend.slots import Slot, is_quantised, weight_slots
 
@@ -60,7 +61,8 @@ class Policy:
             the model's parameters where those are float32. Empty when nothing trains.
         initial: values the reference has, where it is not the adapter switched off.
         shifts: what a moving reference's weights differ by from the base's, by module; None where it stays.
-        way: how a forward pass treats prompts: here always "plain", whole rows.
+        notes: what a person should know about how it was put together.
+        way, share_prompts: how a forward pass treats prompts, as the probe chose: "shared" or "plain", whole rows.
     """
 
     model: Any
@@ -84,7 +86,12 @@ class Policy:
 
     @property
     def share_prompts(self) -> bool:
-        return False
+        return self.way == "shared"
+
+    @property
+    def n_lanes(self) -> int:
+        """Micro-batches that are computed side by side: one, on all cores."""
+        return 1
 
     @property
     def sharded(self) -> bool:
@@ -215,7 +222,8 @@ def load_policy(
     seed: int = 0,
     trainable: bool = True,
 ) -> Policy:
-    """Load a model and choose what trains, on the first CUDA device, or the CPU without one.
+    """Load a model, choose what trains, and find out by a probe whether prompts can be shared; on the first CUDA
+    device, or the CPU without one.
 
     Args:
         path: folder with config.json, safetensors and tokenizer, or a hub id.
@@ -238,7 +246,7 @@ def load_policy(
             an adapter or of a single process.
         AdapterError: ``init_from`` does not fit the model.
     """
-    from mlxpref.torch_backend import adapter  # builds on policies
+    from mlxpref.torch_backend import adapter, probe  # both build on policies
 
     folder = model_folder(path, revision=revision)
     config = model_config(folder)
@@ -276,12 +284,14 @@ def load_policy(
         policy.network.check()
     if grad_checkpoint:
         _checkpoint(model)
+    if not fsdp:
+        probe.choose_way(policy)
     return policy
 
 
 def _checkpoint(model: Any) -> None:
     """Recompute each layer in the backward pass; the method has two names in the versions of transformers."""
-    how = {"use_reentrant": False}
+    how = {"use_reentrant": False, "context_fn": recomputing}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     else:

@@ -1,0 +1,178 @@
+"""What a run will be: rows, steps, shapes, memory by part. No model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxpref.config import Config
+from mlxpref.data.plan import Plan
+from mlxpref.data.shapes import Shape
+from mlxpref.folders import n_trained, read_settings, resolve_lora
+from mlxpref.hub import model_folder
+from mlxpref.objectives import Objective
+from mlxpref.planning import plans
+from mlxpref.planning.dims import Dims, read_dims
+from mlxpref.planning.memory import Peak, Trained, pass_peak, training_peak
+from mlxpref.prepare import Prepared
+from mlxpref.records import Tokenized
+from mlxpref.reference import row_keys
+
+PROGRAM_BYTES = 600_000_000
+"""Python with its libraries, tokenizer and compiled functions."""
+
+ROW_BYTES = 2_000
+"""Of a row's objects, besides its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is fixed before a plan is made.
+
+    Attributes:
+        config, objective, data: of the run.
+        dims: of its model.
+        trained: what trains.
+        share_prompts: whether each prompt goes through the model once for all its responses.
+        lanes: micro-batches that the device computes side by side.
+    """
+
+    config: Config
+    objective: Objective
+    data: Prepared
+    dims: Dims
+    trained: Trained
+    share_prompts: bool = True
+    lanes: int = 1
+
+    @property
+    def has_reference_pass(self) -> bool:
+        return "reference" in self.objective.needs and self.config.reference.update is None
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A run's plans and its peak.
+
+    Attributes:
+        tokens: padded tokens of a micro-batch at most.
+        train, reference: plans; ``valid`` of one evaluation. None where there is none.
+        n_evaluations: in the run.
+        training, passes: peaks of the updates, and of what runs without gradients; device memory.
+        host: bytes in the process beside them: name → bytes.
+    """
+
+    tokens: int
+    train: Plan
+    valid: Plan | None
+    reference: Plan | None
+    n_evaluations: int
+    training: Peak
+    passes: Peak
+    host: Mapping[str, int]
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.training, self.passes, key=lambda peak: peak.total)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device's peak and of the process beside it."""
+        return self.peak.total + sum(self.host.values())
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return self.train.shapes
+
+
+def make_job(
+    config: Config, objective: Objective, data: Prepared, *, device: Mapping[str, Any], share_prompts: bool = True
+) -> Job:
+    """Read what a forecast is made of: config.json, headers of weights and adapters.
+
+    Args:
+        device: its "kind", "metal", "cuda" or "cpu", and its "lanes" where it has any; on a CPU weights are float32
+            unless the configuration says otherwise, elsewhere as the checkpoint has them.
+    """
+    model, kind = config.model, str(device["kind"])
+    folder = model_folder(model.path, revision=model.revision, weights=False)
+    dtype = model.dtype or ("float32" if kind == "cpu" else None)
+    dims = read_dims(folder, dtype=dtype, load_in_4bit=model.load_in_4bit)
+    trained = trained_of(config, dims, blocks=kind == "cpu")
+    return Job(config, objective, data, dims, trained, share_prompts, device.get("lanes", 1))
+
+
+def trained_of(config: Config, dims: Dims, *, blocks: bool) -> Trained:
+    """What a configuration trains of a model."""
+    adapter = config.adapter
+    if adapter.init_from is not None:
+        kind, layers, lora = read_settings(Path(adapter.init_from))
+        lora = resolve_lora(lora)
+    else:
+        given = adapter.lora_parameters
+        kind, layers = adapter.fine_tune_type or "lora", adapter.num_layers or -1
+        lora = resolve_lora(None if given is None else given.arguments())
+    keys: Any = lora.get("keys")
+    return Trained(
+        fine_tune_type=kind,
+        layers=n_trained(kind, layers, dims.layers),
+        rank=0 if kind == "full" else lora["rank"],
+        keys=None if keys is None else tuple(keys),
+        dropout=kind != "full" and lora["dropout"] > 0,
+        grad_checkpoint=config.training.grad_checkpoint,
+        optimizer=config.optimizer.name,
+        from_adapter=adapter.init_from is not None,
+        blocks=blocks,
+    )
+
+
+def forecast(job: Job, *, tokens: int | None = None, rows: Sequence[Tokenized] | None = None) -> Forecast:
+    """Plan the run and add up its memory.
+
+    Args:
+        tokens: padded tokens of a micro-batch; None: the configuration's.
+        rows: in place of the training rows.
+    """
+    config, data = job.config, job.data
+    train_rows = data.train if rows is None else rows
+    tokens = config.batching.budget if tokens is None else tokens
+    shared: dict[str, Any] = {"share_prompts": job.share_prompts, "n_lanes": job.lanes, "tokens": tokens}
+    train = plans.plan_training(config, train_rows, **shared)
+    every = plans.eval_every(config, has_valid=bool(data.valid))
+    valid = plans.plan_evaluation(config, data.valid, **shared) if every else None
+    reference = None
+    asked = [train_rows[i] for i in plans.visited(train)]
+    asked += [data.valid[i] for i in plans.visited(valid)] if valid is not None else []
+    if job.has_reference_pass:
+        reference = plans.plan_reference(config, distinct(asked), **shared)
+    most = max((len(step) for step in train.steps), default=1)
+    passes = [shape for plan in (valid, reference) if plan is not None for shape in plan.shapes]
+    return Forecast(
+        tokens=tokens,
+        train=train,
+        valid=valid,
+        reference=reference,
+        n_evaluations=plans.n_evaluations(every, len(train.steps)),
+        training=training_peak(job.dims, job.trained, train.shapes, accumulated=most > 1, at_once=min(most, job.lanes)),
+        passes=pass_peak(
+            job.dims, job.trained, passes, "evaluation" if reference is None else "reference pass", at_once=job.lanes
+        ),
+        host=_host([*train_rows, *data.valid], asked if job.has_reference_pass else []),
+    )
+
+
+def distinct(rows: Sequence[Tokenized]) -> list[Tokenized]:
+    """Rows of which the reference's log-probs are computed: each once."""
+    return list({row_keys(row): row for row in rows}.values())
+
+
+def _host(rows: Sequence[Tokenized], scored: Sequence[Tokenized]) -> dict[str, int]:
+    tokens = sum(4 * row.n_tokens for row in rows)
+    logps = sum(4 * len(ids) for row in scored for _, ids in row.slots)
+    return {
+        "data": tokens + ROW_BYTES * len(rows),
+        "reference log-probs": logps,
+        "program": PROGRAM_BYTES,
+    }
