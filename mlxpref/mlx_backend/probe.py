@@ -90,7 +90,8 @@ def examine(policy: Policy, *, checkpointing: bool = True) -> Ways:
         whole = _outcome(policy, plain, reference)
         noise = _compare(policy, micro_batch(rows, shared=0, padding=8), reference, whole)
         tolerance = TOLERANCE[dtype_name(policy.model)] + 2 * max(noise.logps, noise.gradients)
-        for network.own_kernels, network.split_head in _choices(network):
+        for own, split in _choices(network):
+            network.own_kernels, network.split_head = own, split
             if _compare(policy, plain, network, whole).exact(tolerance):
                 break
         sharing = _compare(policy, shared, network, whole)
