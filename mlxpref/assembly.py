@@ -17,6 +17,7 @@ from mlxpref.config_layers import dump_config
 from mlxpref.data.batching import collate_step
 from mlxpref.data.columns import available_columns, widths_of
 from mlxpref.data.plan import Plan
+from mlxpref.data.stored import Joined
 from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, raise_all
 from mlxpref.facts import adapter_facts, check_same, check_start, describe, run_facts
@@ -97,13 +98,14 @@ class Assembly:
         policy = self._policy()
         for text in policy.notes:
             self.listeners.on_note(f"warning: {text}")
+        known = run.facts() if resume else {}
+        self._agree_on_lanes(policy, known)
         settled = self._settled(data, policy)
         config = settled.config
         step = self._step(policy, n_groups=len(data.groups))  # what it refuses is refused before the run begins
         plan = settled._plan(data.train, policy)
         check_alike(self.workers, config, data.fingerprint, policy, plan)
         schedule = self._schedule(len(plan.steps))
-        known = run.facts() if resume else {}
         facts = run_facts(
             config, self.objective, self.machine, data, policy, plan,
             starts=known.get("starts", ()),
@@ -156,7 +158,7 @@ class Assembly:
         check_start(self.config)
         self._check_reference()
         data = prepare(self.config, needs=self.objective.needs) if self.prepared is None else self.prepared
-        rows = (*data.train, *data.valid)
+        rows = Joined(data.train, data.valid)
         self.objective.check_columns(available_columns(rows))
         check_widths(self.objective, widths_of(rows[0]))
         self._check_batches(rows)
@@ -219,6 +221,14 @@ class Assembly:
 
     def _layout(self, policy: Any) -> dict[str, Any]:
         return {"share_prompts": policy.share_prompts, "n_workers": self.workers.size, "n_lanes": policy.n_lanes}
+
+    def _agree_on_lanes(self, policy: Any, known: Mapping[str, Any]) -> None:
+        """As many lanes as worker 0 has, or as the run began with: the split into micro-batches follows from them, and
+        from that the last bits of every sum."""
+        own = known["plan"].get("lanes", 1) if known else policy.n_lanes
+        n_lanes = int(self.workers.share(str(own).encode()))
+        if n_lanes != policy.n_lanes:
+            policy.set_lanes(n_lanes)
 
     def _settled(self, data: Prepared, policy: Any) -> Assembly:
         """With ``micro_batch_tokens`` as a number, worker 0's."""
@@ -320,7 +330,7 @@ class Assembly:
     def _work(self, policy: Any, step: Any, splits: Mapping[str, Split], facts: Mapping[str, Any]) -> Work:
         objective, machine = self.objective, self.machine
         train_split = splits["train"]
-        rows = [row for split in splits.values() for row in split.rows]
+        rows = Joined(*(split.rows for split in splits.values()))
         columns = objective.reads & (objective.from_data | available_columns(rows))
 
         def save_adapter(folder: Path, done: int) -> None:

@@ -26,7 +26,8 @@ import numpy as np
 
 from mlxpref.data.batching import collate
 from mlxpref.data.parts import PlannedPart
-from mlxpref.data.plan import plan_pass
+from mlxpref.data.plan import lanes_that_fit, plan_pass
+from mlxpref.data.sizes import sizes_of
 from mlxpref.data.words import counted
 from mlxpref.errors import RunError
 from mlxpref.files import written_aside
@@ -199,7 +200,7 @@ PASS_SHAPES = 16
 
 def kinds_of(rows: Sequence[Tokenized]) -> int:
     """How many different numbers of slots occur; a plan needs a shape for each."""
-    return len({len(row.slots) for row in rows})
+    return len(set(sizes_of(rows).responses.tolist()))
 
 
 def logps_pass(
@@ -229,7 +230,8 @@ def logps_pass(
     if not rows:
         return
     # Through weights that are shared out all workers go together: each computes everything then.
-    group, n_lanes = Workers() if workers is None or policy.sharded else workers, policy.n_lanes
+    group = Workers() if workers is None or policy.sharded else workers
+    n_lanes = lanes_that_fit(rows, micro_batch_tokens=micro_batch_tokens, n_lanes=policy.n_lanes)
     plan = plan_pass(
         rows,
         micro_batch_tokens=max(1, micro_batch_tokens // n_lanes),

@@ -340,14 +340,63 @@ def test_jobs_of_a_lane_follow_one_another() -> None:
     from mlxpref.mlx_backend.lanes import Job, Lanes
 
     lanes, begun = Lanes(2), []
+    found: dict[int, Any] = {}
 
     def make(index: int) -> Callable[[], Any]:
         def job() -> Any:
             begun.append(index)
-            return mx.array(float(index)) * 2
+            found[index] = mx.array(float(index)) * 2
+            return found[index]
 
         return job
 
-    found = lanes.run([Job(lane, make(index)) for index, lane in enumerate([0, 0, 0, 1, 1])])
-    assert [x.item() for x in found] == [0, 2, 4, 6, 8]
+    lanes.run([Job(lane, make(index)) for index, lane in enumerate([0, 0, 0, 1, 1])])
     assert begun == [0, 3, 1, 4, 2]
+    assert [found[index].item() for index in range(5)] == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("n_lanes", [1, 2])
+def test_sums_of_many_jobs_are_not_kept(n_lanes: int) -> None:
+    """A sum of gradients for each micro-batch, alive until the last: a full fine-tune in 16 parts does not fit."""
+    import mlx.core as mx
+
+    from mlxpref.mlx_backend.lanes import Job, Lanes
+
+    def peak(n_jobs: int) -> float:
+        sums: dict[int, Any] = {}
+
+        def more(lane: int) -> Any:
+            fresh = mx.random.normal((500_000,))
+            sums[lane] = sums[lane] + fresh if lane in sums else fresh
+            return sums[lane]
+
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        Lanes(n_lanes).run([Job(index % n_lanes, lambda lane=index % n_lanes: more(lane)) for index in range(n_jobs)])
+        return (mx.get_peak_memory() - before) / 2e6
+
+    assert peak(24) < peak(6) + 2 * n_lanes
+
+
+def test_a_wrong_number_of_lanes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxpref.errors import ConfigError
+    from mlxpref.mlx_backend import lanes
+
+    for wrong in ("two", "0", "-1"):
+        monkeypatch.setenv("MLXPREF_LANES", wrong)
+        with pytest.raises(ConfigError, match="MLXPREF_LANES"):
+            lanes.count()
+
+
+def test_long_examples_are_not_computed_side_by_side() -> None:
+    """A budget chosen because memory is short, that as many examples exceed as there are cores."""
+    rows = rows_of(8)
+    longest = max(row.n_tokens for row in rows)
+    lanes = {
+        factor: {part.lane for step in plan_steps(
+            rows, batch_size=8, iters=1, micro_batch_tokens=int(factor * longest), n_lanes=4
+        ).steps for part in step}
+        for factor in (1.5, 2.5, 8)
+    }  # fmt: skip
+    assert [len(lanes[factor]) for factor in (1.5, 2.5, 8)] == [1, 2, 4]

@@ -68,7 +68,8 @@ def plan_steps(
         shuffle, keep_together, seed: see ``order.epoch_order``.
         max_shapes: different shapes of micro-batches at most.
         n_workers: workers that share out each batch; which examples a batch holds does not depend on it.
-        n_lanes: micro-batches that each worker computes side by side; they share its ``micro_batch_tokens``.
+        n_lanes: micro-batches that each worker computes side by side, fewer where examples are long: they share its
+            ``micro_batch_tokens``.
 
     Raises:
         ConfigError: both ``iters`` and ``epochs``, or a size below 1.
@@ -94,6 +95,7 @@ def plan_steps(
 
     batches = _batches(one_epoch, iters, 1.0 if epochs is None else epochs)
     limit = min(batch_size, len(rows))
+    n_lanes = lanes_that_fit(rows, micro_batch_tokens=micro_batch_tokens, n_lanes=n_lanes)
     budget = max(1, micro_batch_tokens // n_lanes)
     return _plan(rows, batches, limit, budget, share_prompts, max_shapes, n_workers, n_lanes)
 
@@ -124,6 +126,11 @@ def plan_pass(
         seen += len(part.rows)
         epochs.append(seen / len(rows))
     return Plan(steps, plan.shapes, tuple(epochs), plan.tokens, plan.slots, plan.padding)
+
+
+def lanes_that_fit(rows: Sequence[Tokenized], *, micro_batch_tokens: int, n_lanes: int) -> int:
+    """How many micro-batches may be computed side by side: no more than the longest example leaves room for."""
+    return max(1, min(n_lanes, micro_batch_tokens // max(1, int(sizes_of(rows).tokens.max(initial=1)))))
 
 
 def _check_sizes(**sizes: int) -> None:

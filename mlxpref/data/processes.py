@@ -32,11 +32,15 @@ _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP
 """What a process that is one of many is told: the others use the other cores."""
 
 
+MOST = 8
+"""Processes at most unless more are asked for: each holds some 330 MB of libraries."""
+
+
 def cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may use, its share of them where a launcher has started several here; at most ``MOST``."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(MOST, found // max(1, int(beside) if beside.isdigit() else 1)))
 
 
 def shared_out(work: Callable[[A], B], tasks: Iterable[A], n: int) -> Iterator[B]:
@@ -52,10 +56,11 @@ def shared_out(work: Callable[[A], B], tasks: Iterable[A], n: int) -> Iterator[B
     if sent is None:
         yield from map(work, tasks)
         return
-    started = [_Process() for _ in range(n)]
+    started: list[_Process] = []
     try:
-        for process in started:
-            process.send(sent)
+        for _ in range(n):
+            started.append(_Process())
+            started[-1].send(sent)
         if not all(process.answer()[0] for process in started):
             started = _ended(started)
             yield from map(work, tasks)
@@ -122,7 +127,7 @@ class _Process:
 
     def send(self, pickled: bytes) -> None:
         if self._process.stdin is not None:
-            with suppress(BrokenPipeError):  # said when the answer is asked for
+            with suppress(OSError):  # said when the answer is asked for
                 self._process.stdin.write(pickled)
                 self._process.stdin.flush()
 
@@ -133,6 +138,8 @@ class _Process:
                 raise EOFError
             return pickle.load(self._process.stdout)
         except (EOFError, pickle.UnpicklingError, ValueError) as error:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=1)
             raise RunError(
                 f"a process that shared the work ended by itself (exit code {self._process.poll()}); if memory ran "
                 "out, close other programs, or ask for fewer processes"

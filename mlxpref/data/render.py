@@ -181,7 +181,7 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.values() if tokenizer.is_fast else ()
         self._added = _any_of(str(token) for token in added)
         self._backend = _plain_backend(tokenizer)
-        self.segments = None if self._backend is None else Segments.of(self._backend)
+        self.segments = None if self._backend is None else _segments(tokenizer, len(tokenizer))
         self._known: dict[str, list[int]] = {}
         self._inside: dict[str, list[int]] = {}
 
@@ -250,6 +250,12 @@ class Encoder:
             if both[: len(before)] == before:
                 return both[len(before) :]
         return self._encode([text], False)[0]
+
+
+@lru_cache(maxsize=8)
+def _segments(tokenizer: Any, n_tokens: int) -> Segments | None:
+    """Kept with the words it knows: finding out what a tokenizer is reads its whole vocabulary."""
+    return Segments.of(_plain_backend(tokenizer))
 
 
 def _plain_backend(tokenizer: Any) -> Any:

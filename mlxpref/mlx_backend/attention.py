@@ -100,7 +100,8 @@ def causal_attention(
                 of_query.append(of_scores @ keys[:, :, seen])
                 sums.add(tile, of_scores.swapaxes(-1, -2) @ q, part.swapaxes(-1, -2) @ slope)
             query_slopes.append(_by_head(sum(of_query) * scale, queries.shape[1]))
-        return mx.concatenate(query_slopes, axis=2), *sums.found, *(mx.zeros_like(one) for one in mask)
+        of_keys, of_values = (one.astype(keys.dtype) for one in sums.found)
+        return mx.concatenate(query_slopes, axis=2), of_keys, of_values, *(mx.zeros_like(one) for one in mask)
 
     return run(queries, keys, values, *masks)[0]
 
@@ -184,6 +185,7 @@ class _Sums:
 
     def add(self, tile: _Tile, *slopes: mx.array) -> None:
         """Of the tile's keys, whose tiles come in order."""
+        slopes = tuple(one.astype(mx.float32) for one in slopes)
         if not self.found:
             self.found = list(slopes)
         elif tile.start == self.found[0].shape[2]:

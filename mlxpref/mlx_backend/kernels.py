@@ -75,7 +75,7 @@ def _attend(
 ) -> mx.array:
     array = mask if isinstance(mask, mx.array) else None
     known = sinks is None and _known(mask, queries)
-    faster = queries.dtype == mx.float32 if on_cpu() else _large(queries, keys, array)
+    faster = queries.dtype == mx.float32 if on_cpu() else _unfused(queries, array) and _large(queries, keys, array)
     if not (known and faster):
         return _attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     return attention.causal_attention(queries, keys, values, scale=scale, mask=array)
@@ -86,6 +86,11 @@ def _known(mask: Any, queries: mx.array) -> bool:
     if mask is None:
         return queries.shape[2] == 1
     return mask == "causal" if isinstance(mask, str) else mask.dtype == mx.bool_
+
+
+def _unfused(queries: mx.array, mask: mx.array | None) -> bool:
+    """Whether a GPU has no fused gradient for this: CUDA has one in half width with a causal mask."""
+    return mx.metal.is_available() or queries.dtype == mx.float32 or mask is not None
 
 
 def _large(queries: mx.array, keys: mx.array, mask: mx.array | None) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxpref import blas
+from mlxpref.errors import ConfigError
 from mlxpref.mlx_backend.elementwise import on_cpu
 
 MOST = 8
@@ -22,7 +23,7 @@ MOST = 8
 
 
 class Job(NamedTuple):
-    """Something to compute in a lane: ``make`` is called there, and returns a tree of lazy arrays."""
+    """Something to compute in a lane: ``make`` is called there, and returns a tree of lazy arrays to compute."""
 
     lane: int
     make: Callable[[], Any]
@@ -30,19 +31,29 @@ class Job(NamedTuple):
 
 def count() -> int:
     """How many lanes this machine has: cores this process may use, at most ``OMP_NUM_THREADS`` where that is set;
-    1 on a GPU. ``MLXPREF_LANES`` overrules it."""
-    given = os.environ.get("MLXPREF_LANES", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
+    1 on a GPU. On a CPU ``MLXPREF_LANES`` overrules it.
+
+    Raises:
+        ConfigError: ``MLXPREF_LANES`` is no number of lanes.
+    """
     if not on_cpu():
         return 1
+    given = os.environ.get("MLXPREF_LANES", "").strip()
+    if given:
+        if not given.isdigit() or int(given) < 1:
+            raise ConfigError(f"MLXPREF_LANES is {given!r}; it is a number of at least 1")
+        return int(given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores, MOST, int(threads) if threads.isdigit() and int(threads) else cores))
 
 
+_streams: list[mx.Stream] = []
+"""Of this process: a stream is never given back."""
+
+
 class Lanes:
-    """The streams of one owner.
+    """Some of the lanes of this process.
 
     Attributes:
         n: how many.
@@ -50,38 +61,33 @@ class Lanes:
 
     def __init__(self, n: int | None = None):
         self.n = count() if n is None else n
-        self._streams = [mx.new_stream(mx.cpu) for _ in range(self.n)] if self.n > 1 else []
+        while len(_streams) < self.n > 1:
+            _streams.append(mx.new_stream(mx.cpu))
 
-    def run(self, jobs: Sequence[Job]) -> list[Any]:
-        """The results in the order of the jobs, all computed; each lane has one job at a time, in their order."""
-        if len({job.lane for job in jobs}) < 2 or not self._streams:
-            return [self._waited(job.make()) for job in jobs]
-        results: dict[int, Any] = {}
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Compute all jobs, one at a time in each lane and there in their order. Nothing of them is held here."""
+        if len({job.lane for job in jobs}) < 2 or self.n == 1:
+            for job in jobs:
+                mx.eval(job.make())
+            return
+        begun: dict[int, Any] = {}
         with blas.threads(1):
-            for at in _in_turn(jobs):
-                lane, make = jobs[at]
-                before = [results[i] for i in results if jobs[i].lane == lane]
-                mx.eval(before[-1:])  # one micro-batch's activations at a time
-                with mx.stream(self._streams[lane]):
-                    results[at] = make()
-                mx.async_eval(results[at])
-            mx.eval(list(results.values()))
-        return [results[at] for at in range(len(jobs))]
-
-    @staticmethod
-    def _waited(result: Any) -> Any:
-        mx.eval(result)
-        return result
+            for lane, make in _in_turn(jobs):
+                mx.eval(begun.pop(lane, []))  # one micro-batch's activations at a time
+                with mx.stream(_streams[lane]):
+                    begun[lane] = make()
+                mx.async_eval(begun[lane])
+            mx.eval(list(begun.values()))
 
 
-def _in_turn(jobs: Sequence[Job]) -> list[int]:
-    """Indices of jobs, first the first of every lane, then the second …"""
+def _in_turn(jobs: Sequence[Job]) -> list[Job]:
+    """First the first of every lane, then the second …"""
     seen: dict[int, int] = defaultdict(int)
     turns = []
     for at, job in enumerate(jobs):
         turns.append((seen[job.lane], at))
         seen[job.lane] += 1
-    return [at for _, at in sorted(turns)]
+    return [jobs[at] for _, at in sorted(turns)]
 
 
 class PerLane:

@@ -133,7 +133,7 @@ class Network:
 
     def hidden_rows(self, micro_batch: MicroBatch, *, differentiate: bool = False) -> mx.array:
         """(N, D) hidden states that predict a scored token."""
-        with self._layers(), self._kernels(differentiate):
+        with self._layers(differentiate), self._kernels(differentiate):
             rows = self._response_rows(micro_batch)
         return mx.take(rows, micro_batch.scored, axis=0)
 
@@ -161,12 +161,12 @@ class Network:
         return kernels.in_place(self.sites, differentiate=differentiate) if self.own_kernels else nullcontext()
 
     @contextmanager
-    def _layers(self) -> Iterator[None]:
+    def _layers(self, differentiate: bool) -> Iterator[None]:
         if not self.grad_checkpoint:
             yield
             return
         body = self.owner[self.body_name] if self.body_name else self.owner
-        with checkpointed_layers(body, self.first_adapted, partial(self._kernels, True)):
+        with checkpointed_layers(body, self.first_adapted, partial(self._kernels, differentiate)):
             yield
 
 

@@ -101,6 +101,10 @@ class Policy:
         """Micro-batches that are computed side by side."""
         return self.lanes.n
 
+    def set_lanes(self, n: int) -> None:
+        """Compute ``n`` side by side, whatever this machine would choose."""
+        self.lanes = Lanes(n)
+
     @property
     def n_trainable(self) -> int:
         return sum(value.size for value in self.trainable().values())

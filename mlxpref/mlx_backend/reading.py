@@ -32,10 +32,16 @@ def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = Fa
 
 def many_token_logps(policy: Policy, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Logps]:
     """``token_logps`` of each, as many at a time as there are lanes."""
-    turns = [(index % policy.lanes.n, batch) for index, batch in enumerate(micro_batches)]
+    found: dict[int, Logps] = {}
+
+    def read(index: int, lane: int) -> Logps:
+        found[index] = _lazily(policy, micro_batches[index], "logps", _logps, reference, lane)
+        return found[index]
+
+    turns = [(index, index % policy.lanes.n) for index in range(len(micro_batches))]
     with _being(policy, reference):
-        jobs = [Job(lane, partial(_lazily, policy, batch, "logps", _logps, reference, lane)) for lane, batch in turns]
-        return [to_numpy(found) for found in policy.lanes.run(jobs)]
+        policy.lanes.run([Job(lane, partial(read, index, lane)) for index, lane in turns])
+    return [to_numpy(found[index]) for index, _ in turns]
 
 
 def hidden_rows(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> mx.array:

@@ -307,8 +307,14 @@ class Step:
 
     def _each(self, values: Callable[[int, int], Values], batch: Batch, mine: Sequence[int]) -> dict[int, Values]:
         """What ``values`` makes of (lane, micro-batch), each in its lane, by micro-batch."""
-        jobs = [Job(lane, partial(values, lane, index)) for index, lane in self._lanes_of(batch, mine)]
-        return dict(zip(mine, self.lanes.run(jobs), strict=True))
+        found: dict[int, Values] = {}
+
+        def keep(lane: int, index: int) -> Values:
+            found[index] = values(lane, index)
+            return found[index]
+
+        self.lanes.run([Job(lane, partial(keep, lane, index)) for index, lane in self._lanes_of(batch, mine)])
+        return found
 
     def _gathered(
         self, arrays: Sequence[MicroBatch], own: Mapping[int, Values]

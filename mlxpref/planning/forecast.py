@@ -100,7 +100,7 @@ def make_job(
     folder = model_folder(model.path, revision=model.revision, weights=False)
     dtype = model.dtype or ("float32" if kind == "cpu" else None)
     dims = read_dims(folder, dtype=dtype, load_in_4bit=model.load_in_4bit)
-    trained = trained_of(config, dims, blocks=kind == "cpu")
+    trained = trained_of(config, dims, blocks=kind == "cpu" and dims.dtype == "float32")
     return Job(config, objective, data, dims, trained, share_prompts, device.get("lanes", 1))
 
 

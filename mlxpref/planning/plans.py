@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxpref.config import Config
-from mlxpref.data.plan import Plan, plan_pass, plan_steps
+from mlxpref.data.plan import Plan, lanes_that_fit, plan_pass, plan_steps
 from mlxpref.records import Tokenized
 from mlxpref.reference import kinds_of
 
@@ -89,9 +89,11 @@ def plan_reference(
     config: Config, rows: Sequence[Tokenized], *, share_prompts: bool, n_lanes: int = 1, tokens: int | None = None
 ) -> Plan:
     """One pass over rows, each of them once; arguments as ``plan_training``."""
+    budget = config.batching.budget if tokens is None else tokens
+    n_lanes = lanes_that_fit(rows, micro_batch_tokens=budget, n_lanes=n_lanes) if rows else 1
     return plan_pass(
         rows,
-        micro_batch_tokens=max(1, (config.batching.budget if tokens is None else tokens) // n_lanes),
+        micro_batch_tokens=max(1, budget // n_lanes),
         share_prompts=share_prompts,
         max_shapes=max_shapes(config, 4, rows),
     )

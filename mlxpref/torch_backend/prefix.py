@@ -246,6 +246,10 @@ def _rows(given: Tensor, n: int, length: int) -> Tensor:
     return given[0].unflatten(1, (n, length)).transpose(0, 1)
 
 
+_TENSORS = {"s_aux"}
+"""Tensors beside queries, keys and values that belong to heads and not to positions."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     """The model's own attention of rows that lie side by side: (R, H, T, D), (R, H', P + T, D) twice → (R, T, H, D)."""
@@ -273,8 +277,15 @@ class _Call:
         return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
     def _asks_more(self) -> bool:
-        """Whether the model hands over what scaled_dot_product_attention does not know."""
+        """Whether the model hands over what scaled_dot_product_attention does not know.
+
+        Raises:
+            ModelError: a further tensor, such as which blocks to attend to: nobody here knows what it does to a row.
+        """
         known = {*_WITHOUT_EFFECT, "scaling"}
+        odd = sorted(name for name, given in self.more.items() if isinstance(given, Tensor) and name not in _TENSORS)
+        if odd:
+            raise ModelError(f"{type(self.module).__name__} hands its attention {', '.join(odd)}")
         return any(isinstance(v, Tensor) or bool(v) for k, v in self.more.items() if k not in known)
 
     def _theirs(self) -> Callable[..., tuple[Tensor, Any]]:
