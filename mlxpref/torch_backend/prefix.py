@@ -283,7 +283,8 @@ class _Call:
             ModelError: a further tensor, such as which blocks to attend to: nobody here knows what it does to a row.
         """
         known = {*_WITHOUT_EFFECT, "scaling"}
-        odd = sorted(name for name, given in self.more.items() if isinstance(given, Tensor) and name not in _TENSORS)
+        further = {name for name, given in self.more.items() if isinstance(given, Tensor)}
+        odd = sorted(further - known - _TENSORS)
         if odd:
             raise ModelError(f"{type(self.module).__name__} hands its attention {', '.join(odd)}")
         return any(isinstance(v, Tensor) or bool(v) for k, v in self.more.items() if k not in known)
