@@ -350,3 +350,18 @@ def test_a_coupled_objective_reads_shared_prompts_twice(tiny_model_dir: Path) ->
     assert batches[0].parts[0].prompts.shape[1] and not batches[1].parts[0].prompts.shape[1]
     difference = {name: value - found[1][name] for name, value in found[0].items()}
     assert length(difference) < 1e-5 * length(found[1])
+
+
+def test_an_unknown_tensor_is_refused() -> None:
+    """Finds sparse attention whose choice of blocks is dropped: rows as short as the probe's do not show it."""
+    import torch
+
+    from mlxpref.errors import ModelError
+    from mlxpref.torch_backend.prefix import _Call
+
+    def asks(**more: Any) -> bool:
+        return _Call(torch.nn.Linear(1, 1), None, "sdpa", more)._asks_more()
+
+    assert not asks(position_ids=torch.zeros(1), scaling=0.1)
+    with pytest.raises(ModelError, match="block_indices"):
+        asks(position_ids=torch.zeros(1), block_indices=torch.zeros(1))
