@@ -151,6 +151,19 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert machine.parse_size(text).size == size
 
 
+@pytest.mark.parametrize(("said", "size"), [("1000000", 1_000_000), ("max", None), (None, None)])
+def test_a_container_is_as_large_as_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, size: int | None
+) -> None:
+    """A plan for the host's memory, in a container that is killed at its own."""
+    monkeypatch.setattr(machine, "_LIMITS", ())
+    host = machine.system_memory()
+    if said is not None:
+        (tmp_path / "memory.max").write_text(said + "\n")
+    monkeypatch.setattr(machine, "_LIMITS", (str(tmp_path / "memory.max"),))
+    assert machine.system_memory() == (size or host)
+
+
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "16 bananas", "0GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="16GB"):
@@ -302,6 +315,11 @@ def test_what_does_not_fit_exits_with_1_and_says_what_to_change(
 def test_two_speeds_are_one_too_many(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:
     ran = plan(monkeypatch, "-c", config_file, "--measure", "--tokens-per-second", "50")
     assert ran.exit_code == 2 and "--tokens-per-second" in ran.stderr
+
+
+def test_another_machine_is_not_timed_here(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:
+    ran = plan(monkeypatch, "-c", config_file, "--measure", "--memory", "16GB")
+    assert ran.exit_code == 2 and "--memory" in ran.stderr
 
 
 @pytest.mark.mlx

@@ -75,9 +75,26 @@ def test_no_process_outlives_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     results = shared_out(squared, tasks(), 2)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert len(made) == 2 and all(process.poll() is not None for process in made)
     assert len(taken) < 12
+
+
+def test_a_process_that_cannot_be_started_is_said_and_the_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds a full temporary folder blamed for it, or the first processes left waiting."""
+    started: list[Any] = []
+    popen = subprocess.Popen
+
+    def third_fails(*args: Any, **more: Any) -> Any:
+        if len(started) == 2:
+            raise OSError(12, "Cannot allocate memory")
+        started.append(popen(*args, **more))
+        return started[-1]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", third_fails)
+    with pytest.raises(RunError, match="Cannot allocate memory; ask for fewer processes"):
+        list(shared_out(squared, range(9), 4))
+    assert [process.poll() is not None for process in started] == [True, True]
 
 
 def test_a_script_is_not_run_again_by_its_processes(tmp_path: Path) -> None:

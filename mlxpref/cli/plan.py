@@ -70,6 +70,8 @@ def command(
     """
     if measure and tokens_per_second is not None:
         raise UsageError("--measure and --tokens-per-second both say how fast it is: keep one")
+    if measure and memory is not None:
+        raise UsageError("--measure times this machine, and --memory is of another: keep one")
     given = {"model.path": model, "data.source": data, "model.backend": backend}
     overrides = [(key, value) for key, value in given.items() if value is not None]
     config = load_config(file, [*overrides, *map(parse_setting, settings)])

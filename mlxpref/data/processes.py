@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -26,7 +25,11 @@ from mlxpref.errors import RunError
 A = TypeVar("A")
 B = TypeVar("B")
 
-_START = "import sys; sys.path[:] = {path!r}; from mlxpref.data.processes import serve; serve()"
+_START = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
+    "from mlxpref.data.processes import serve; serve()"
+)
+"""The one that started it decides what an interrupt means, from its first moment on."""
 
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """What a process that is one of many is told: the others use the other cores."""
@@ -43,14 +46,16 @@ def cores() -> int:
     return max(1, min(MOST, found // max(1, int(beside) if beside.isdigit() else 1)))
 
 
-def shared_out(work: Callable[[A], B], tasks: Iterable[A], n: int) -> Iterator[B]:
+def shared_out(work: Callable[[A], B], tasks: Iterable[A], n: int) -> Generator[B, None, None]:
     """``work`` of each task, in their order, by ``n`` processes; here, where that is one.
 
     ``work`` is sent once to each process, and keeps there what it remembers; it is called here after all if it cannot
     be sent (a tokenizer of a class that only the user's script knows).
 
+    Close it where its reader may stop before the end: the processes are ended then.
+
     Raises:
-        RunError: a process ended by itself.
+        RunError: a process ended by itself, or cannot be started.
     """
     sent = _pickled(work) if n > 1 else None
     if sent is None:
@@ -121,9 +126,12 @@ class _Process:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", _START.format(path=sys.path)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **_ONE_THREAD}
-        )
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **_ONE_THREAD}
+            )
+        except OSError as error:
+            raise RunError(f"no process can be started to share the work: {error}; ask for fewer processes") from error
 
     def send(self, pickled: bytes) -> None:
         if self._process.stdin is not None:
@@ -157,7 +165,6 @@ class _Process:
 
 def serve() -> None:
     """What a started process does: take the work, then a task at a time, until there is no more input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides what an interrupt means
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints, prints elsewhere
     tasks = sys.stdin.buffer
@@ -166,7 +173,7 @@ def serve() -> None:
     def reply(call: Callable[[], Any]) -> None:
         try:
             answer = (True, call())
-        except Exception as error:
+        except Exception as error:  # of any kind: it is raised again by the one that asked
             answer = (False, error)
         try:
             pickled = dumps(answer)

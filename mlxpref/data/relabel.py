@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, TypeVar
@@ -242,7 +243,9 @@ def relabel_all(
                     problems.append(f"{result.where}: {result.detail or result.reason}")
             yield rows
 
-    rows: Sequence[Conditioned] = stored(heard()) if many else [row for own in heard() for row in own]
+    rows: Sequence[Conditioned]
+    with closing(told):
+        rows = stored(heard()) if many else [row for own in heard() for row in own]
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise_all(problems[:5] + more, DataError, f"{counted(len(problems), 'example')} cannot be relabelled:")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -191,8 +192,9 @@ def write_relabelled(
             if schema is not None:
                 write_parquet(file, named_rows, schema)
             elif isinstance(rows, Stored):
-                with file.open("wb") as lines:
-                    lines.writelines(shared_out(_Lines(layout), rows.packed(), num_proc or cores()))
+                made = shared_out(_Lines(layout), rows.packed(), num_proc or cores())
+                with file.open("wb") as lines, closing(made):
+                    lines.writelines(made)
             else:
                 write_jsonl(file, named_rows)
         text = json.dumps(card, indent=2, ensure_ascii=False)

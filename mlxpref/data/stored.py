@@ -219,9 +219,10 @@ class Stored(Sequence[T], Generic[T]):
         batch = self._batch(block)
         if not _together(batch):
             return _value(batch, at)
-        if self._last[0] != block:
-            self._last = block, _value(batch, 0)
-        return self._last[1][at]
+        last = self._last  # another thread may read another block meanwhile
+        if last[0] != block:
+            last = self._last = block, _value(batch, 0)
+        return last[1][at]
 
     def _batch(self, block: int) -> Any:
         if block not in self._batches:

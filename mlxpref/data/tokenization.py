@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from typing import Any, TypeVar
@@ -125,13 +126,14 @@ def tokenize_all(
     coming = _chunks(examples)
     chunks = list(islice(coming, IN_MEMORY // _AT_ONCE + 1))
     few = sum(map(len, chunks)) <= IN_MEMORY
-    told = _Told()
+    told = _Told(strict)
     rows: Sequence[Tokenized]
     if few:
         rows = one_type_a_column([row for read in map(work, chunks) for row in told.hear(read)])
     else:
         rest = chain(_emptied(chunks), coming)
-        rows = keep(told.hear(read) for read in shared_out(_Blocks(work), rest, num_proc or cores()))
+        with closing(shared_out(_Blocks(work), rest, num_proc or cores())) as reads:
+            rows = keep(told.hear(read) for read in reads)
     if strict:
         _raise_strict(told.dropped)
     if "mismatched" in texts and len(rows):
@@ -198,16 +200,17 @@ class _Blocks:
 
 
 class _Told:
-    """What was heard of all chunks, in their order."""
+    """What was heard of all chunks, in their order; ``dropped`` of a strict reading only, which lists them."""
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
         self.dropped: list[Dropped] = []
         self.asked: list[bytes] = []
         self._counts, self._notes = Counts(), Counter[str]()
 
     def hear(self, read: _Read) -> Any:
         """The rows of a chunk; the rest is noted."""
-        self.dropped += read.dropped
+        self.dropped += read.dropped if self._strict else ()
         self.asked += read.asked
         self._notes.update(read.notes)
         for row in read.dropped:

@@ -56,17 +56,17 @@ class Lanes:
     """Some of the lanes of this process.
 
     Attributes:
-        n: how many.
+        n: how many. On a GPU, which may go on with a run that began on a CPU, they follow one another.
     """
 
     def __init__(self, n: int | None = None):
         self.n = count() if n is None else n
-        while len(_streams) < self.n > 1:
+        while on_cpu() and len(_streams) < self.n > 1:
             _streams.append(mx.new_stream(mx.cpu))
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Compute all jobs, one at a time in each lane and there in their order. Nothing of them is held here."""
-        if len({job.lane for job in jobs}) < 2 or self.n == 1:
+        if len({job.lane for job in jobs}) < 2 or not on_cpu():
             for job in jobs:
                 mx.eval(job.make())
             return

@@ -47,7 +47,7 @@ class _Change:
     def then(self, key: str, value: str, cost: str, **more: object) -> _Change:
         settings = (*((k, v) for k, v in self.settings if k != key), (key, value))
         costs = tuple(dict.fromkeys((*self.costs, cost)))
-        return replace(self, settings=settings, costs=costs, **more)  # type: ignore[arg-type]
+        return replace(self, settings=settings, costs=costs, **more)  # type: ignore[arg-type]  # more: fields of this class
 
 
 def remedies(job: Job, found: Forecast, memory: Memory) -> list[Remedy]:

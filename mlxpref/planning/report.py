@@ -59,6 +59,7 @@ class Report:
         )
         parts = sum(len(step) for step in plan.steps)
         budget = f"{found.tokens} tokens" + (" (auto)" if self.chosen else "")
+        budget += f" in {job.lanes} lanes together" if job.lanes > 1 else ""
         yield (
             f"micro-batches: {parts} of at most {budget} in {counted(len(plan.shapes), 'shape')}; "
             f"the largest: {_said_shape(plan.shapes[0])}"
