@@ -99,7 +99,6 @@ class Assembly:
         for text in policy.notes:
             self.listeners.on_note(f"warning: {text}")
         known = run.facts() if resume else {}
-        self._agree_on_lanes(policy, known)
         settled = self._settled(data, policy)
         config = settled.config
         step = self._step(policy, n_groups=len(data.groups))  # what it refuses is refused before the run begins
@@ -220,15 +219,7 @@ class Assembly:
         return plan_evaluation(self.config, rows, **self._layout(policy))
 
     def _layout(self, policy: Any) -> dict[str, Any]:
-        return {"share_prompts": policy.share_prompts, "n_workers": self.workers.size, "n_lanes": policy.n_lanes}
-
-    def _agree_on_lanes(self, policy: Any, known: Mapping[str, Any]) -> None:
-        """As many lanes as worker 0 has, or as the run began with: the split into micro-batches follows from them, and
-        from that the last bits of every sum."""
-        own = known["plan"].get("lanes", 1) if known else policy.n_lanes
-        n_lanes = int(self.workers.share(str(own).encode()))
-        if n_lanes != policy.n_lanes:
-            policy.set_lanes(n_lanes)
+        return {"share_prompts": policy.share_prompts, "n_workers": self.workers.size}
 
     def _settled(self, data: Prepared, policy: Any) -> Assembly:
         """With ``micro_batch_tokens`` as a number, worker 0's."""

@@ -15,7 +15,6 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,29 +54,6 @@ def preload() -> BlasRecord:
     if _record is None:
         _record = _choose(os.environ)
     return _record
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """Within this context a product takes ``n`` threads, where the library that was taken can be told so."""
-    library = ctypes.CDLL(_record.path) if _record is not None and _record.path is not None else None
-    before = None
-    for get, put in _THREADS:
-        if library is not None and hasattr(library, put):
-            before = getattr(library, get)(), getattr(library, put)
-            before[1](n)
-            break
-    try:
-        yield
-    finally:
-        if before is not None:
-            before[1](before[0])
-
-
-_THREADS = (
-    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
-    ("openblas_get_num_threads", "openblas_set_num_threads"),
-)
 
 
 def _choose(environ: Mapping[str, str]) -> BlasRecord:

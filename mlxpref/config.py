@@ -207,7 +207,7 @@ class BatchingSection(Section):
     micro_batch_tokens: Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto)] = 8192
     shuffle: bool = True
     keep_together: bool = True
-    max_shapes: Annotated[Whole, Field(ge=2)] = 64
+    max_shapes: Annotated[Whole, Field(ge=2)] = 128
 
     @property
     def examples_per_step(self) -> int:

@@ -130,7 +130,6 @@ def run_facts(
         "reference": _reference_facts(config),
         "plan": {
             "steps": len(plan.steps),
-            "lanes": policy.n_lanes,
             "epochs": plan.epochs[-1],
             "shapes": len(plan.shapes),
             "tokens": plan.tokens,

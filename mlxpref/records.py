@@ -203,6 +203,18 @@ class Shelf(NamedTuple):
     prompt: Any
 
 
+class Hidden(NamedTuple):
+    """What a model's frozen layers make of a micro-batch's tokens, in the model's dtype.
+
+    Attributes:
+        prompts: (B, P, D); None where P is 0.
+        rows: of each shelf (B, T, D), 0 on padding.
+    """
+
+    prompts: Any
+    rows: tuple[Any, ...]
+
+
 class MicroBatch(NamedTuple):
     """B examples of K responses as arrays of planned shapes; the unit of one forward pass.
 
@@ -223,6 +235,7 @@ class MicroBatch(NamedTuple):
         scores: (B, K) float32, the reward of each response under the row's goal; or None.
         extras: further columns an objective asks for, by name, each (B, …) float32 or int32; of values
             for each token (B, K, L), 0 off the mask.
+        hidden: what the frozen layers make of the tokens, where that is known.
     """
 
     prompts: Any
@@ -235,6 +248,7 @@ class MicroBatch(NamedTuple):
     reference: Any = None
     scores: Any = None
     extras: dict[str, Any] = {}  # noqa: RUF012 - never mutated; NamedTuple fields have no factory
+    hidden: Hidden | None = None
 
 
 class Batch(NamedTuple):
@@ -244,13 +258,11 @@ class Batch(NamedTuple):
         parts: the micro-batches, in order of execution.
         rows: for each part, the indices (B,) of its examples in the tokenized data.
         workers: for each part, the rank of the worker that computes it; () where all are worker 0's.
-        lanes: for each part, the lane of that worker in which it is computed; () where there is one.
     """
 
     parts: tuple[MicroBatch, ...]
     rows: tuple[tuple[int, ...], ...]
     workers: tuple[int, ...] = ()
-    lanes: tuple[int, ...] = ()
 
     @property
     def n_examples(self) -> int:

@@ -26,12 +26,12 @@ import numpy as np
 
 from mlxpref.data.batching import collate
 from mlxpref.data.parts import PlannedPart
-from mlxpref.data.plan import lanes_that_fit, plan_pass
+from mlxpref.data.plan import plan_pass
 from mlxpref.data.sizes import sizes_of
 from mlxpref.data.words import counted
 from mlxpref.errors import RunError
 from mlxpref.files import written_aside
-from mlxpref.records import Logps, MicroBatch, Tokenized
+from mlxpref.records import Tokenized
 from mlxpref.workers import Workers
 
 FLUSH_SECONDS = 30.0
@@ -194,8 +194,8 @@ PARTS_PER_SUM = 16
 ROWS_PER_SUM = 4096
 """Rows of known log-probs that worker 0 gives to the others at a time."""
 
-PASS_SHAPES = 16
-"""Shapes of one pass over the data; on UltraFeedback's lengths more of them save nothing."""
+PASS_SHAPES = 32
+"""Shapes of one pass over the data."""
 
 
 def kinds_of(rows: Sequence[Tokenized]) -> int:
@@ -218,7 +218,7 @@ def logps_pass(
 
     Args:
         rows: any S, also mixed.
-        backend: module with ``token_logps``, and ``many_token_logps`` where a policy has lanes.
+        backend: module with ``token_logps``.
         reference: log-probs of the reference instead of the policy.
         micro_batch_tokens: padded tokens of one micro-batch.
         max_shapes: different shapes of micro-batches, each traced once.
@@ -231,24 +231,19 @@ def logps_pass(
         return
     # Through weights that are shared out all workers go together: each computes everything then.
     group = Workers() if workers is None or policy.sharded else workers
-    n_lanes = lanes_that_fit(rows, micro_batch_tokens=micro_batch_tokens, n_lanes=policy.n_lanes)
     plan = plan_pass(
         rows,
-        micro_batch_tokens=max(1, micro_batch_tokens // n_lanes),
+        micro_batch_tokens=micro_batch_tokens,
         share_prompts=policy.share_prompts,
         max_shapes=max(max_shapes, kinds_of(rows)),
     )
     parts, done = [part for step in plan.steps for part in step], 0
-    at_a_time = n_lanes if group.size == 1 else PARTS_PER_SUM * group.size
+    at_a_time = 1 if group.size == 1 else PARTS_PER_SUM * group.size
     for some in (parts[start : start + at_a_time] for start in range(0, len(parts), at_a_time)):
         found: dict[int, list[np.ndarray]] = {}
-        mine = some[group.rank :: group.size]  # neighbours in length: every worker has as much to do
-        for at in range(0, len(mine), n_lanes):
-            now = mine[at : at + n_lanes]
-            of_parts = _logps_of([collate(rows, part) for part in now], backend, policy, reference)
-            for part, of_part in zip(now, of_parts, strict=True):
-                tokens = np.asarray(of_part.tokens)
-                found |= {index: _cut(of_row, rows[index]) for index, of_row in zip(part.rows, tokens, strict=True)}
+        for part in some[group.rank :: group.size]:  # neighbours in length: every worker has as much to do
+            tokens = np.asarray(backend.token_logps(policy, collate(rows, part), reference=reference).tokens)
+            found |= {index: _cut(of_row, rows[index]) for index, of_row in zip(part.rows, tokens, strict=True)}
         asked = _rows_of(some)
         for index, logps in _exchanged(rows, asked, found, group):
             _check_finite(rows[index], logps, "reference" if reference else "policy")
@@ -256,13 +251,6 @@ def logps_pass(
         done += len(asked)
         if on_progress is not None:
             on_progress(done, len(rows))
-
-
-def _logps_of(batches: Sequence[MicroBatch], backend: Any, policy: Any, reference: bool) -> list[Logps]:
-    """Of a few micro-batches, side by side where the backend has lanes for them."""
-    if len(batches) == 1:
-        return [backend.token_logps(policy, batches[0], reference=reference)]
-    return list(backend.many_token_logps(policy, batches, reference=reference))
 
 
 def _rows_of(parts: Sequence[PlannedPart]) -> list[int]:

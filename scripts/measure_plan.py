@@ -181,7 +181,7 @@ def one_case(name: str, *, timed: bool) -> dict[str, Any]:
         if timed:
             policy, step = assembly.policy_and_step(data)
             with machine.set_memory_policy():
-                facts["predicted_seconds"] = expected(found, measure(job, found, machine, policy, step), job.lanes)
+                facts["predicted_seconds"] = expected(found, measure(job, found, machine, policy, step))
             del policy, step
         policy, step = assembly.policy_and_step(data)
         facts |= _run(job, found.train, machine, step, whole=timed)

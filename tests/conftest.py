@@ -26,7 +26,6 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
 os.environ["MLXPREF_CACHE"] = os.path.join(_CACHE, "mlxpref")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["MLXPREF_LANES"] = "1"  # several tests run side by side; those about lanes say how many
 
 import numpy as np  # noqa: E402 - after the environment is set
 import pytest  # noqa: E402 - after the environment is set

@@ -28,7 +28,7 @@ calls = {"token_logps": 0, "evaluate": 0, "update": 0, "load_policy": 0}
 
 
 class Policy:
-    way, fine_tune_type, share_prompts, sharded, n_lanes = "shared", "lora", True, False, 1
+    way, fine_tune_type, share_prompts, sharded = "shared", "lora", True, False
     n_parameters = VOCABULARY**2
     notes: tuple[str, ...] = ()
 

@@ -34,7 +34,6 @@ class FakePolicy:
     reference: np.ndarray
     fingerprint: str = "0123456789abcdef"
     share_prompts: bool = True
-    n_lanes: int = 1
     sharded: bool = False
     way: str = "shared"
     path: str = "fake"

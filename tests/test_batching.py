@@ -259,7 +259,7 @@ def test_shapes_are_few_and_each_fits(max_shapes: int) -> None:
 def test_short_runs_compile_little() -> None:
     """Finds 64 compilations for a run that is over before they have paid."""
     plan = plan_steps(make_rows(50, longest=60), batch_size=4, iters=20)
-    assert len(plan.shapes) <= 4
+    assert len(plan.shapes) <= 8
 
 
 def test_padding_stays_within_reason() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxpref.data.batching import collate
+from mlxpref.data.parts import PlannedPart, Splitter
 from mlxpref.data.plan import plan_pass, plan_steps
 from mlxpref.data.relabel import relabel, unconditioned
 from mlxpref.data.render import render_prompt
@@ -484,7 +485,7 @@ def test_log_probs_of_every_slot_are_its_own(tmp_path: Path) -> None:
 def test_rows_with_and_without_a_text_do_not_share_a_micro_batch() -> None:
     first, second = made_up(2)
     other = replace(second, texts={"third": second.texts["third"], "gold": second.texts["instructions"]})
-    part = plan_pass([first, second]).steps[0][0]
+    part = PlannedPart((0, 1), Splitter([first, second], share_prompts=True, budget=8192).shape([0, 1]))
     with pytest.raises(ValueError, match="different texts"):
         collate([first, other], part)
     with pytest.raises(DataError, match="the text 'gold'"):

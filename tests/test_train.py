@@ -173,7 +173,7 @@ def test_what_is_said_before_the_first_step(configure: Any) -> None:
     run(configure(), listener=listener)
     assert listener.start is not None
     said = "\n".join((*listener.start.lines, *listener.notes))
-    parts = ("format", "36 kept", "trainable", "shared", "rows computed", " 1 shape,", "padding", "12 steps")
+    parts = ("format", "36 kept", "trainable", "shared", "rows computed", " shapes,", "padding", "12 steps")
     assert not [part for part in parts if part not in said], said
 
 

@@ -99,18 +99,6 @@ def test_resumed_equals_uninterrupted_byte_for_byte(
     assert resumed.best_value == whole.best_value
 
 
-def test_a_run_in_lanes_goes_on_as_it_began(
-    configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sums that depend on which lane is done first, or a resume with as many lanes as the machine has now."""
-    monkeypatch.setenv("MLXPREF_LANES", "2")
-    whole = run(configure(f"output.adapter_path={tmp_path / 'whole'}"))
-    stopped = run(configure(), stop=3)
-    assert json.loads((stopped.folder / "run.json").read_text())["plan"]["lanes"] == 2
-    monkeypatch.setenv("MLXPREF_LANES", "3")
-    assert adapter(run(configure(), resume=True).folder) == adapter(whole.folder)
-
-
 def test_full_fine_tuning_resumes_too(configure: Any, tmp_path: Path) -> None:
     settings = ["adapter={fine_tune_type: full, num_layers: 1}", "optimizer.learning_rate=1e-4"]
     whole = run(configure(*settings, f"output.adapter_path={tmp_path / 'whole'}"))

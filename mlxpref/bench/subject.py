@@ -127,7 +127,7 @@ def open_subject(config: Config, machine: ModuleType, shape: str | None) -> Subj
     rows = assembly.rows().train
     policy, step = assembly.policy_and_step(prepared)
     said = f"the first {len(rows)} rows of {_named(config)}" if shape is None else SHAPES[shape].said
-    plan = plan_training(config, rows, share_prompts=policy.share_prompts, n_lanes=policy.n_lanes)
+    plan = plan_training(config, rows, share_prompts=policy.share_prompts)
     found = Subject(config, objective, machine, policy, step, said, plan, (), Batch((), ()))
     index = _median(rows, plan)
     chosen = tuple(rows[row] for part in plan.steps[index] for row in part.rows)

@@ -73,7 +73,6 @@ def collate_step(
         parts=tuple(collate(rows, part, reference, columns) for part in parts),
         rows=tuple(part.rows for part in parts),
         workers=tuple(part.worker for part in parts) if any(part.worker for part in parts) else (),
-        lanes=tuple(part.lane for part in parts),
     )
 
 

@@ -15,7 +15,7 @@ from mlxpref.data.shapes import LENGTHS, Shape, ceil_length, ceil_scored, floor_
 from mlxpref.data.sizes import sizes_of
 from mlxpref.records import Tokenized
 
-_PASS_COST = 256
+_PASS_COST = 128
 """What one more forward pass costs beside its positions, in positions: launches, reading the weights.
 Without it the split would fall apart into single examples, which have no padding."""
 
@@ -25,13 +25,11 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """One micro-batch to be: the indices of its examples in the tokenized data, its shape, whose it is, and in which
-    of that worker's lanes."""
+    """One micro-batch to be: the indices of its examples in the tokenized data, its shape, and whose it is."""
 
     rows: tuple[int, ...]
     shape: Shape
     worker: int = 0
-    lane: int = 0
 
 
 class Splitter:

@@ -53,7 +53,6 @@ def plan_steps(
     seed: int = 0,
     max_shapes: int = 64,
     n_workers: int = 1,
-    n_lanes: int = 1,
 ) -> Plan:
     """Plan a training run; a function of its arguments only.
 
@@ -68,19 +67,13 @@ def plan_steps(
         shuffle, keep_together, seed: see ``order.epoch_order``.
         max_shapes: different shapes of micro-batches at most.
         n_workers: workers that share out each batch; which examples a batch holds does not depend on it.
-        n_lanes: micro-batches that each worker computes side by side, fewer where examples are long: they share its
-            ``micro_batch_tokens``.
 
     Raises:
         ConfigError: both ``iters`` and ``epochs``, or a size below 1.
         DataError: no rows, or lists of more different lengths K than ``max_shapes``.
     """
     _check_sizes(
-        batch_size=batch_size,
-        micro_batch_tokens=micro_batch_tokens,
-        max_shapes=max_shapes,
-        n_workers=n_workers,
-        n_lanes=n_lanes,
+        batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, max_shapes=max_shapes, n_workers=n_workers
     )
     if iters is not None and epochs is not None:
         raise ConfigError(f"iters ({iters}) and epochs ({epochs}) are both given; give one")
@@ -95,9 +88,7 @@ def plan_steps(
 
     batches = _batches(one_epoch, iters, 1.0 if epochs is None else epochs)
     limit = min(batch_size, len(rows))
-    n_lanes = lanes_that_fit(rows, micro_batch_tokens=micro_batch_tokens, n_lanes=n_lanes)
-    budget = max(1, micro_batch_tokens // n_lanes)
-    return _plan(rows, batches, limit, budget, share_prompts, max_shapes, n_workers, n_lanes)
+    return _plan(rows, batches, limit, micro_batch_tokens, share_prompts, max_shapes, n_workers)
 
 
 def plan_pass(
@@ -126,11 +117,6 @@ def plan_pass(
         seen += len(part.rows)
         epochs.append(seen / len(rows))
     return Plan(steps, plan.shapes, tuple(epochs), plan.tokens, plan.slots, plan.padding)
-
-
-def lanes_that_fit(rows: Sequence[Tokenized], *, micro_batch_tokens: int, n_lanes: int) -> int:
-    """How many micro-batches may be computed side by side: no more than the longest example leaves room for."""
-    return max(1, min(n_lanes, micro_batch_tokens // max(1, int(sizes_of(rows).tokens.max(initial=1)))))
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -164,11 +150,10 @@ def _plan(
     share_prompts: bool,
     max_shapes: int,
     n_workers: int = 1,
-    n_lanes: int = 1,
 ) -> Plan:
     # An eighth of the budget is left to merging, which pads micro-batches further.
     splitter = Splitter(rows, share_prompts=share_prompts, budget=budget * 7 // 8)
-    parts = _split_shares(splitter, batches, limit, max_shapes, n_workers, n_lanes) if batches else []
+    parts = _split_shares(splitter, batches, limit, max_shapes, n_workers) if batches else []
     needs = [part.shape for step in parts for part in step]
     merged = iter(merge_shapes(needs, max_shapes=max_shapes, max_slots=budget))
     steps = tuple(tuple(replace(part, shape=next(merged)) for part in step) for step in parts)
@@ -176,15 +161,15 @@ def _plan(
 
 
 def _split_shares(
-    splitter: Splitter, batches: list[list[int]], limit: int, max_shapes: int, n_workers: int, n_lanes: int
+    splitter: Splitter, batches: list[list[int]], limit: int, max_shapes: int, n_workers: int
 ) -> list[list[PlannedPart]]:
     """Parts of every batch, each worker's own; of a batch smaller than the group some workers have none."""
-    shares = [splitter.share_out(batch, n_workers * n_lanes) for batch in batches]
+    shares = [splitter.share_out(batch, n_workers) for batch in batches]
     split = iter(_split_all(splitter, [share for of_batch in shares for share in of_batch if share], limit, max_shapes))
     return [
         [
-            replace(part, worker=at % n_workers, lane=at // n_workers)
-            for at, share in enumerate(of_batch)
+            replace(part, worker=worker)
+            for worker, share in enumerate(of_batch)
             if share
             for part in next(split)
         ]

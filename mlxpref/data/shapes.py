@@ -28,8 +28,9 @@ and pads less when the ladder is fine."""
 _MANY = 768
 """Distinct shapes that are merged pair by pair; more are first gathered in coarse cells."""
 
-_SHAPE_COST = 4096
-"""What one more shape costs, in positions: its graph is traced and compiled. Short runs have few shapes."""
+_SHAPE_COST = 1024
+"""What one more shape costs, in positions: its graph is traced, which takes as long as computing these.
+Short runs have few shapes."""
 
 _LAST = 1e15
 """Added to the cost of a merge that should come after all others."""

@@ -13,7 +13,7 @@ from mlxpref.mlx_backend.generation import generate  # noqa: E402 - after the BL
 from mlxpref.mlx_backend.memory import device_info, memory, set_memory_policy  # noqa: E402 - after the BLAS
 from mlxpref.mlx_backend.policy import Policy, load_policy  # noqa: E402 - after the BLAS
 from mlxpref.mlx_backend.probe import examine  # noqa: E402 - after the BLAS
-from mlxpref.mlx_backend.reading import hidden_sums, many_token_logps, token_logps  # noqa: E402 - after the BLAS
+from mlxpref.mlx_backend.reading import hidden_sums, token_logps  # noqa: E402 - after the BLAS
 from mlxpref.mlx_backend.step import Step, make_step  # noqa: E402 - after the BLAS
 from mlxpref.mlx_backend.workers import workers  # noqa: E402 - after the BLAS
 
@@ -27,7 +27,6 @@ __all__ = [
     "load_adapter",
     "load_policy",
     "make_step",
-    "many_token_logps",
     "memory",
     "save_adapter",
     "set_memory_policy",

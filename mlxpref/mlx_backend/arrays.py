@@ -11,10 +11,10 @@ from mlxpref.records import Logps, MicroBatch, Shelf
 
 
 def to_mlx(batch: MicroBatch) -> MicroBatch:
-    """The same micro-batch with MLX arrays."""
-    fields = {name: _array(value) for name, value in batch._asdict().items() if name != "shelves"}
+    """The same micro-batch with MLX arrays; ``hidden`` has them."""
+    fields = {name: _array(value) for name, value in batch._asdict().items() if name not in ("shelves", "hidden")}
     shelves = tuple(Shelf(_array(shelf.inputs), _array(shelf.prompt)) for shelf in batch.shelves)
-    return MicroBatch(shelves=shelves, **fields)
+    return MicroBatch(shelves=shelves, hidden=batch.hidden, **fields)
 
 
 def _array(value: Any) -> Any:

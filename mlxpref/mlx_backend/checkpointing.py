@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxpref.mlx_backend.layers import layers_of
+
 
 class _Layer:
     """A layer that keeps its inputs and computes its insides again in the backward pass."""
@@ -70,16 +72,9 @@ def checkpointed_layers(
     Args:
         kernels: a fresh context in which a layer is traced.
     """
-    name, layers = _layers_of(body)
+    name, layers = layers_of(body)
     body[name] = [_Layer(layer, kernels) if i >= first else layer for i, layer in enumerate(layers)]
     try:
         yield
     finally:
         body[name] = layers
-
-
-def _layers_of(body: nn.Module) -> tuple[str, list[nn.Module]]:
-    for name in ("layers", "h", "blocks"):
-        if name in body and isinstance(body[name], list):
-            return name, body[name]
-    raise ValueError("no list of layers in the model")

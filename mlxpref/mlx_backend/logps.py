@@ -31,6 +31,7 @@ from mlx.utils import tree_flatten
 from mlxpref.mlx_backend import kernels, prefix
 from mlxpref.mlx_backend.checkpointing import checkpointed_layers
 from mlxpref.mlx_backend.elementwise import on_cpu, picked_logps
+from mlxpref.mlx_backend.layers import started_from
 from mlxpref.records import Logps, MicroBatch
 
 HEAD_CHUNK = 512
@@ -133,7 +134,7 @@ class Network:
 
     def hidden_rows(self, micro_batch: MicroBatch, *, differentiate: bool = False) -> mx.array:
         """(N, D) hidden states that predict a scored token."""
-        with self._layers(differentiate), self._kernels(differentiate):
+        with self._layers(differentiate), self.kernels(differentiate):
             rows = self._response_rows(micro_batch)
         return mx.take(rows, micro_batch.scored, axis=0)
 
@@ -145,19 +146,34 @@ class Network:
 
     def _response_rows(self, micro_batch: MicroBatch) -> mx.array:
         """Hidden states of all shelves laid end to end, (ΣR·T, D)."""
-        offset = micro_batch.prompts.shape[1]
+        offset, known = micro_batch.prompts.shape[1], micro_batch.hidden
+        left_out = 0 if known is None else self.first_adapted
         recorded = None
         if offset:
             recorded = prefix.recording(self.model)
-            self.hidden(micro_batch.prompts, recorded)
+            with self._started_from(None if known is None else known.prompts):
+                self.hidden(micro_batch.prompts, recorded)
         rows = []
-        for shelf in micro_batch.shelves:
-            cache = prefix.serving(recorded, shelf.prompt, offset) if recorded is not None else None
-            hidden = self.hidden(shelf.inputs, cache)
+        for index, shelf in enumerate(micro_batch.shelves):
+            cache = None
+            if recorded is not None:
+                cache = prefix.serving(recorded, shelf.prompt, offset, left_out=left_out)
+            with self._started_from(None if known is None else known.rows[index]):
+                hidden = self.hidden(shelf.inputs, cache)
             rows.append(hidden.reshape(-1, hidden.shape[-1]))
         return mx.concatenate(rows) if len(rows) > 1 else rows[0]
 
-    def _kernels(self, differentiate: bool) -> AbstractContextManager[None]:
+    def _started_from(self, hidden: mx.array | None) -> AbstractContextManager[None]:
+        """Within this context the frozen layers' work is known; None: it is not."""
+        return nullcontext() if hidden is None else started_from(self.body, self.first_adapted, hidden)
+
+    @property
+    def body(self) -> Any:
+        """The module that holds the layers."""
+        return self.owner[self.body_name] if self.body_name else self.owner
+
+    def kernels(self, differentiate: bool) -> AbstractContextManager[None]:
+        """Within this context our own functions stand in the place of MLX's, where they do."""
         return kernels.in_place(self.sites, differentiate=differentiate) if self.own_kernels else nullcontext()
 
     @contextmanager
@@ -165,8 +181,7 @@ class Network:
         if not self.grad_checkpoint:
             yield
             return
-        body = self.owner[self.body_name] if self.body_name else self.owner
-        with checkpointed_layers(body, self.first_adapted, partial(self._kernels, differentiate)):
+        with checkpointed_layers(self.body, self.first_adapted, partial(self.kernels, differentiate)):
             yield
 
 
@@ -183,11 +198,13 @@ def _row_logps(network: Network, hidden: mx.array, targets: mx.array) -> mx.arra
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows of one chunk: at most ``HEAD_CHUNK``, fewer where they would make logits of over 25 MB.
+    """Rows of one chunk: at most ``HEAD_CHUNK``, fewer where they would make logits of over 25 MB; on a CPU of over
+    4 MB, which its caches hold.
 
     About a dozen arrays of a chunk's size are alive at once: MLX allocates some tasks ahead.
     """
-    return max(64, min(HEAD_CHUNK, int(25e6 / (4 * vocabulary))))
+    least, most = (16, 4e6) if on_cpu() else (64, 25e6)
+    return max(least, min(HEAD_CHUNK, int(most / (4 * vocabulary))))
 
 
 def _chunked(

@@ -9,20 +9,20 @@ from typing import Any
 import mlx.core as mx
 
 from mlxpref import blas
-from mlxpref.mlx_backend import compiler, lanes
+from mlxpref.mlx_backend import compiler
 
 GB = 1e9
 
 
 def device_info() -> dict[str, Any]:
-    """What MLX says of its default device: name, kind ("metal", "cuda", "cpu"), memory in bytes; and its lanes.
+    """What MLX says of its default device: name, kind ("metal", "cuda", "cpu"), memory in bytes.
 
     Of a CPU also the "blas" and the "kernels" it runs on, and as "remarks" what makes it slower than it need
     be, each with the remedy.
     """
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     kind = "cpu" if on_cpu else "metal" if mx.metal.is_available() else "cuda"
-    return {"backend": "mlx", "kind": kind, "lanes": lanes.count(), **mx.device_info(), **(_on_cpu() if on_cpu else {})}
+    return {"backend": "mlx", "kind": kind, **mx.device_info(), **(_on_cpu() if on_cpu else {})}
 
 
 def _on_cpu() -> dict[str, Any]:

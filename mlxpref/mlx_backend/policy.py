@@ -34,7 +34,6 @@ from mlxpref.folders import (
 from mlxpref.hub import model_folder
 from mlxpref.mlx_backend import compiler
 from mlxpref.mlx_backend.kernels import sites_of
-from mlxpref.mlx_backend.lanes import Lanes
 from mlxpref.mlx_backend.logps import Network, find_body
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -61,7 +60,6 @@ class Policy:
         masters: float32 copies of the trainable parameters, which the optimiser moves; the model holds
             them in its compute dtype (``dtypes``). Empty when nothing trains.
         moving: adapted modules by name as a reference that follows the policy has them; None where it stays.
-        lanes: in which micro-batches are computed side by side.
         n_traced: how many times a forward pass was traced: once for each shape and use.
     """
 
@@ -84,7 +82,6 @@ class Policy:
     compiled: dict[tuple[str, bool], Any] = field(default_factory=dict)
     moving: dict[str, nn.Module] | None = None
     n_traced: int = 0
-    lanes: Lanes = field(default_factory=Lanes)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,15 +92,6 @@ class Policy:
     def sharded(self) -> bool:
         """Whether every worker holds a slice of the weights: never here."""
         return False
-
-    @property
-    def n_lanes(self) -> int:
-        """Micro-batches that are computed side by side."""
-        return self.lanes.n
-
-    def set_lanes(self, n: int) -> None:
-        """Compute ``n`` side by side, whatever this machine would choose."""
-        self.lanes = Lanes(n)
 
     @property
     def n_trainable(self) -> int:

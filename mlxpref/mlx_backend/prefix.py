@@ -75,6 +75,10 @@ class PrefixKV:
         """A new cache that serves ``arrays`` as its first ``offset`` positions."""
         return PrefixKV(self.window, arrays or None, offset if arrays else 0)
 
+    def left_out(self, offset: int) -> PrefixKV:
+        """Of a layer that is not computed: nothing to serve, yet masks that are made of it are those of all layers."""
+        return PrefixKV(self.window, None, offset)
+
     # A checkpointed layer takes the served arrays as explicit arguments and returns what it wrote.
 
     def given(self) -> list[mx.array]:
@@ -101,6 +105,9 @@ class PrefixState(mlx_cache.ArraysCache):
 
     def serving(self, arrays: list[mx.array], offset: int) -> PrefixState:
         return PrefixState(self.size, arrays)
+
+    def left_out(self, offset: int) -> PrefixState:
+        return PrefixState(self.size)
 
     given = arrays
 
@@ -132,6 +139,9 @@ class PrefixList(mlx_cache.CacheList):
 
     def serving(self, arrays: list[mx.array], offset: int) -> PrefixList:
         return PrefixList(*(cache.serving(share, offset) for cache, share in self._shared_out(arrays)))
+
+    def left_out(self, offset: int) -> PrefixList:
+        return PrefixList(*(cache.left_out(offset) for cache in self.caches))
 
     def given(self) -> list[mx.array]:
         return [array for cache in self.caches for array in cache.given()]
@@ -168,15 +178,17 @@ def _record(cache: Any) -> Any:
     raise ModelError(f"prompts cannot be shared through a {kind.__name__}")
 
 
-def serving(recorded: list[Any], prompt: mx.array, offset: int) -> list[Any]:
+def serving(recorded: list[Any], prompt: mx.array, offset: int, *, left_out: int = 0) -> list[Any]:
     """Caches that serve what was recorded to response rows.
 
     Args:
         recorded: caches after the pass over prompts (B, P).
         prompt: (R,) int32, the prompt each response row continues.
         offset: P.
+        left_out: of so many layers, the first, nothing was recorded.
     """
-    return [_serve(cache, prompt, offset) for cache in recorded]
+    passed = [None if cache is None else cache.left_out(offset) for cache in recorded[:left_out]]
+    return passed + [_serve(cache, prompt, offset) for cache in recorded[left_out:]]
 
 
 def _serve(cache: Any, prompt: mx.array, offset: int) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +11,6 @@ import numpy as np
 
 from mlxpref.errors import ModelError
 from mlxpref.mlx_backend.arrays import to_mlx, to_numpy
-from mlxpref.mlx_backend.lanes import Job, PerLane
 from mlxpref.mlx_backend.policy import Policy
 from mlxpref.records import Logps, MicroBatch
 
@@ -28,20 +26,6 @@ def token_logps(policy: Policy, micro_batch: MicroBatch, *, reference: bool = Fa
         NumPy float32, (B, S, L), nats.
     """
     return to_numpy(_read(policy, micro_batch, "logps", _logps, reference))
-
-
-def many_token_logps(policy: Policy, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Logps]:
-    """``token_logps`` of each, as many at a time as there are lanes."""
-    found: dict[int, Logps] = {}
-
-    def read(index: int, lane: int) -> Logps:
-        found[index] = _lazily(policy, micro_batches[index], "logps", _logps, reference, lane)
-        return found[index]
-
-    turns = [(index, index % policy.lanes.n) for index in range(len(micro_batches))]
-    with _being(policy, reference):
-        policy.lanes.run([Job(lane, partial(read, index, lane)) for index, lane in turns])
-    return [to_numpy(found[index]) for index, _ in turns]
 
 
 def hidden_rows(policy: Policy, micro_batch: MicroBatch, *, reference: bool = False) -> mx.array:
@@ -90,35 +74,6 @@ def _read(
     reference: bool,
 ) -> Any:
     """A compiled forward pass of the policy or its reference, evaluated."""
-    with _being(policy, reference):
-        result = _lazily(policy, micro_batch, what, function, reference, 0)
-        mx.eval(result)
-        return result
-
-
-@contextmanager
-def _being(policy: Policy, reference: bool) -> Iterator[None]:
-    """Within this context the model is the policy or its reference, dropout off."""
-    was_training = policy.model.training
-    if was_training:
-        policy.model.eval()
-    try:
-        with policy.as_reference() if reference else nullcontext():
-            yield
-    finally:
-        if was_training:
-            policy.model.train()
-
-
-def _lazily(
-    policy: Policy,
-    micro_batch: MicroBatch,
-    what: str,
-    function: Callable[[Policy, MicroBatch], Any],
-    reference: bool,
-    lane: int,
-) -> Any:
-    """The same, not evaluated, of the model as it is now."""
     if (what, reference) not in policy.compiled:
         # Weights that move are arguments; a captured array would be a constant of the graph.
         def forward(parameters: dict[str, mx.array], batch: MicroBatch) -> Any:
@@ -130,5 +85,15 @@ def _lazily(
             finally:
                 policy.update(held)
 
-        policy.compiled[what, reference] = PerLane(forward)
-    return policy.compiled[what, reference][lane](policy.trainable(), to_mlx(micro_batch))
+        policy.compiled[what, reference] = mx.compile(forward)
+    was_training = policy.model.training
+    if was_training:
+        policy.model.eval()
+    try:
+        with policy.as_reference() if reference else nullcontext():
+            result = policy.compiled[what, reference](policy.trainable(), to_mlx(micro_batch))
+            mx.eval(result)
+            return result
+    finally:
+        if was_training:
+            policy.model.train()

@@ -8,7 +8,6 @@ state, learning rate), so a shape is traced once and never again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from mlx.utils import tree_flatten, tree_map
 from mlxpref.errors import ConfigError
 from mlxpref.mlx_backend import reading, step_state
 from mlxpref.mlx_backend.arrays import to_mlx
-from mlxpref.mlx_backend.lanes import Job, PerLane
 from mlxpref.mlx_backend.memory import memory, trim_cache
 from mlxpref.mlx_backend.moving import MovingReference
 from mlxpref.mlx_backend.optimizers import make_optimizer
@@ -78,13 +76,12 @@ class Step:
         self.workers = Workers() if workers is None else workers
         self._statistics = objective.needs & FROM_MODEL
         self._step_peak = 0.0
-        self.lanes = policy.lanes
-        state = {"inputs": mx.random.state, "outputs": mx.random.state}
-        self._gradients = PerLane(self._gradients_of, **state)
-        self._values = PerLane(self._values_of, **state)
-        self._pull = PerLane(self._pull_of, **state)
-        self._add = PerLane(_plus)
-        self._losses = PerLane(self._losses_of)
+        state = mx.random.state
+        self._gradients = mx.compile(self._gradients_of, inputs=state, outputs=state)
+        self._values = mx.compile(self._values_of, inputs=state, outputs=state)
+        self._pull = mx.compile(self._pull_of, inputs=state, outputs=state)
+        self._add = mx.compile(lambda one, other: {name: one[name] + other[name] for name in one})
+        self._losses = mx.compile(self._losses_of)
         self._update = mx.compile(self._update_of)
 
     # --- traced functions: pure in their arguments ---
@@ -202,10 +199,10 @@ class Step:
         batch = self._completed(batch, mine)
         arrays = [to_mlx(part) for part in batch.parts]
         if self.objective.coupled:
-            arrays, gradients, found, state = self._coupled(batch, arrays, keys, mine)
+            arrays, gradients, found, state = self._coupled(arrays, keys, mine)
             [gradients] = self._added([gradients])
         else:
-            gradients, own = self._one_by_one(batch, arrays, keys, mine)
+            gradients, own = self._one_by_one(arrays, keys, mine)
             blank = [_blank_sums(part, self._compares(arrays)) for part in arrays]
             parts = [_sums(own[i], arrays[i]) if i in own else blank[i] for i in range(len(arrays))]
             gradients, *found = self._added([gradients, *parts])
@@ -232,63 +229,49 @@ class Step:
         return tree_map(lambda leaf: None if leaf is None else next(pieces), trees)
 
     def _one_by_one(
-        self, batch: Batch, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
     ) -> tuple[dict[str, mx.array], dict[int, _Part]]:
         """Gradients of the mean loss from these micro-batches, each for itself; a part by its index."""
         total = _weight(arrays)
         parts: dict[int, _Part] = {}
 
-        def gradients(lane: int, index: int) -> dict[str, mx.array]:
+        def gradients(index: int) -> dict[str, mx.array]:
             _seed(keys[index])
-            found, parts[index] = self._gradients[lane](self.policy.masters, arrays[index], total)
+            found, parts[index] = self._gradients(self.policy.masters, arrays[index], total)
             return found
 
-        return self._whole(self._summed(gradients, batch, mine, parts)), parts
+        return self._summed(gradients, mine, parts), parts
 
     def _summed(
-        self,
-        gradients: Callable[[int, int], dict[str, mx.array]],
-        batch: Batch,
-        mine: Sequence[int],
-        beside: Mapping[int, Any],
-    ) -> dict[str, mx.array] | None:
-        """The sum of what ``gradients`` makes of (lane, micro-batch), each in its lane; None of no micro-batch."""
-        sums: dict[int, dict[str, mx.array]] = {}
-
-        def more(lane: int, index: int) -> Any:
-            found = gradients(lane, index)
-            sums[lane] = self._add[lane](sums[lane], found) if lane in sums else found
-            return sums[lane], beside.get(index)
-
-        self.lanes.run([Job(lane, partial(more, lane, index)) for index, lane in self._lanes_of(batch, mine)])
-        whole = None
-        for lane in sorted(sums):
-            whole = sums[lane] if whole is None else self._add[0](whole, sums[lane])
-        return whole
-
-    def _lanes_of(self, batch: Batch, mine: Sequence[int]) -> list[tuple[int, int]]:
-        """(micro-batch, lane) of each that is to be computed here."""
-        return [(index, batch.lanes[index] % self.lanes.n if batch.lanes else 0) for index in mine]
-
-    def _whole(self, gradients: dict[str, mx.array] | None) -> dict[str, mx.array]:
-        """In the parameters' order; of a worker that has no part of a small batch: nothing to add."""
+        self, gradients: Callable[[int], dict[str, mx.array]], mine: Sequence[int], beside: Mapping[int, _Part]
+    ) -> dict[str, mx.array]:
+        """The sum of the micro-batches' gradients, in the parameters' order; zero of a worker that has no part of a
+        small batch. Each micro-batch is computed before the next is begun, so its activations are alone, and its
+        gradients are held by nothing but the sum. ``beside`` is computed with them.
+        """
         masters = self.policy.masters
-        return {name: mx.zeros_like(value) if gradients is None else gradients[name] for name, value in masters.items()}
+        if not mine:
+            return tree_map(mx.zeros_like, masters)
+        total: dict[str, mx.array] | None = None
+        for index in mine:
+            total = gradients(index) if total is None else self._add(total, gradients(index))
+            mx.eval(total, beside.get(index))
+        return {name: total[name] for name in masters}
 
     def _coupled(
-        self, batch: Batch, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
     ) -> tuple[list[MicroBatch], dict[str, mx.array], list[Figures], Any]:
         """The same of losses that depend on the whole batch, and the objective's next state.
 
         All log-probs first; then the objective on all of them, whose slopes towards each token go back
         through the model, micro-batch after micro-batch, with the dropout of the first pass.
         """
-
-        def forward(lane: int, index: int) -> Values:
+        own = {}
+        for index in mine:
             _seed(keys[index])
-            return self._values[lane](self.policy.masters, arrays[index])
-
-        arrays, values = self._gathered(arrays, self._each(forward, batch, mine))
+            own[index] = self._values(self.policy.masters, arrays[index])
+            mx.eval(own[index])
+        arrays, values = self._gathered(arrays, own)
         total = _weight(arrays)
 
         def objective(values: list[Values]) -> tuple[mx.array, Any]:
@@ -298,23 +281,11 @@ class Step:
 
         (_, (losses, state)), slopes = mx.value_and_grad(objective)(values)
 
-        def backward(lane: int, index: int) -> dict[str, mx.array]:
+        def pulled(index: int) -> dict[str, mx.array]:
             _seed(keys[index])
-            return self._pull[lane](self.policy.masters, arrays[index], slopes[index])
+            return self._pull(self.policy.masters, arrays[index], slopes[index])
 
-        gradients = self._summed(backward, batch, mine, {})
-        return arrays, self._whole(gradients), _all_sums(losses, values, arrays), state
-
-    def _each(self, values: Callable[[int, int], Values], batch: Batch, mine: Sequence[int]) -> dict[int, Values]:
-        """What ``values`` makes of (lane, micro-batch), each in its lane, by micro-batch."""
-        found: dict[int, Values] = {}
-
-        def keep(lane: int, index: int) -> Values:
-            found[index] = values(lane, index)
-            return found[index]
-
-        self.lanes.run([Job(lane, partial(keep, lane, index)) for index, lane in self._lanes_of(batch, mine)])
-        return found
+        return arrays, self._summed(pulled, mine, {}), _all_sums(losses, values, arrays), state
 
     def _gathered(
         self, arrays: Sequence[MicroBatch], own: Mapping[int, Values]
@@ -340,12 +311,11 @@ class Step:
         self._train_mode(False)
         mine = parts_of(self.workers, batch)
         batch = self._completed(batch, mine)
-        arrays = [to_mlx(part) for part in batch.parts]
-
-        def forward(lane: int, index: int) -> Values:
-            return self._losses[lane](self.policy.masters, arrays[index])
-
-        arrays, values = self._gathered(arrays, self._each(forward, batch, mine))
+        arrays, own = [to_mlx(part) for part in batch.parts], {}
+        for index in mine:
+            own[index] = self._losses(self.policy.masters, arrays[index])
+            mx.eval(own[index])
+        arrays, values = self._gathered(arrays, own)
         losses, _ = self._apply(values, arrays)
         return report(batch, _all_sums(losses, values, arrays), np.array, norm=0.0, skipped=False)
 
@@ -389,10 +359,6 @@ def _as_float(value: Any) -> mx.array:
 def _weight(arrays: Sequence[MicroBatch]) -> mx.array:
     """Σ of the examples' weights."""
     return mx.array(float(sum(part.weights.sum().item() for part in arrays)), mx.float32)
-
-
-def _plus(one: dict[str, mx.array], other: dict[str, mx.array]) -> dict[str, mx.array]:
-    return {name: one[name] + other[name] for name in one}
 
 
 def _seed(key: mx.array) -> None:

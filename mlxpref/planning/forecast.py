@@ -36,7 +36,6 @@ class Job:
         dims: of its model.
         trained: what trains.
         share_prompts: whether each prompt goes through the model once for all its responses.
-        lanes: micro-batches that the device computes side by side.
     """
 
     config: Config
@@ -45,7 +44,6 @@ class Job:
     dims: Dims
     trained: Trained
     share_prompts: bool = True
-    lanes: int = 1
 
     @property
     def has_reference_pass(self) -> bool:
@@ -93,15 +91,15 @@ def make_job(
     """Read what a forecast is made of: config.json, headers of weights and adapters.
 
     Args:
-        device: its "kind", "metal", "cuda" or "cpu", and its "lanes" where it has any; on a CPU weights are float32
-            unless the configuration says otherwise, elsewhere as the checkpoint has them.
+        device: its "kind", "metal", "cuda" or "cpu"; on a CPU weights are float32 unless the configuration says
+            otherwise, elsewhere as the checkpoint has them.
     """
     model, kind = config.model, str(device["kind"])
     folder = model_folder(model.path, revision=model.revision, weights=False)
     dtype = model.dtype or ("float32" if kind == "cpu" else None)
     dims = read_dims(folder, dtype=dtype, load_in_4bit=model.load_in_4bit)
     trained = trained_of(config, dims, blocks=kind == "cpu" and dims.dtype == "float32")
-    return Job(config, objective, data, dims, trained, share_prompts, device.get("lanes", 1))
+    return Job(config, objective, data, dims, trained, share_prompts)
 
 
 def trained_of(config: Config, dims: Dims, *, blocks: bool) -> Trained:
@@ -138,7 +136,7 @@ def forecast(job: Job, *, tokens: int | None = None, rows: Sequence[Tokenized] |
     config, data = job.config, job.data
     train_rows = data.train if rows is None else rows
     tokens = config.batching.budget if tokens is None else tokens
-    shared: dict[str, Any] = {"share_prompts": job.share_prompts, "n_lanes": job.lanes, "tokens": tokens}
+    shared: dict[str, Any] = {"share_prompts": job.share_prompts, "tokens": tokens}
     train = plans.plan_training(config, train_rows, **shared)
     every = plans.eval_every(config, has_valid=bool(data.valid))
     valid = plans.plan_evaluation(config, data.valid, **shared) if every else None
@@ -155,10 +153,8 @@ def forecast(job: Job, *, tokens: int | None = None, rows: Sequence[Tokenized] |
         valid=valid,
         reference=reference,
         n_evaluations=plans.n_evaluations(every, len(train.steps)),
-        training=training_peak(job.dims, job.trained, train.shapes, accumulated=most > 1, at_once=min(most, job.lanes)),
-        passes=pass_peak(
-            job.dims, job.trained, passes, "evaluation" if reference is None else "reference pass", at_once=job.lanes
-        ),
+        training=training_peak(job.dims, job.trained, train.shapes, accumulated=most > 1),
+        passes=pass_peak(job.dims, job.trained, passes, "evaluation" if reference is None else "reference pass"),
         host=_host([*train_rows, *data.valid], asked if job.has_reference_pass else []),
     )
 

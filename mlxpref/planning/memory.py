@@ -23,8 +23,8 @@ gate through SiLU the first two. Its result is an input of the next module."""
 HEAD_ROWS = 512
 """Most hidden rows that meet the vocabulary at once."""
 
-HEAD_BYTES = 25e6
-"""Logits of a chunk at most, unless 64 rows make more."""
+HEAD_BYTES, HEAD_LEAST = {False: 25e6, True: 4e6}, {False: 64, True: 16}
+"""Logits of a chunk at most, unless so many rows make more; on a CPU less."""
 
 HEAD_ARRAYS, HEAD_MOST = 8, 25
 """Arrays of (scored rows x vocabulary) that the head has at once; and of a chunk's size, however many chunks there
@@ -129,23 +129,18 @@ class Peak:
         return sum(self.parts.values())
 
 
-def training_peak(
-    dims: Dims, trained: Trained, shapes: Sequence[Shape], *, accumulated: bool, at_once: int = 1
-) -> Peak:
+def training_peak(dims: Dims, trained: Trained, shapes: Sequence[Shape], *, accumulated: bool) -> Peak:
     """The highest moment of the training steps.
 
     Args:
         shapes: of their micro-batches.
         accumulated: some step has several micro-batches, whose gradients are added up.
-        at_once: micro-batches that are computed side by side; the largest are taken to meet.
     """
     held = _held(dims, trained)
     n = trained.parameters(dims)
-    gradients = 4 * n * (at_once + 1 if accumulated else 1)
+    gradients = 4 * n * (2 if accumulated else 1)
     found = [
-        Peak(
-            "gradients", {**held, "gradients": gradients, **_times(at_once, _activations(dims, trained, shape))}, shape
-        )
+        Peak("gradients", {**held, "gradients": gradients, **_activations(dims, trained, shape)}, shape)
         for shape in shapes
     ]
     copies = 2 + MOMENTS[trained.optimizer]  # new masters and moments, and the gradients clipped
@@ -154,18 +149,11 @@ def training_peak(
     return max(found, key=lambda peak: peak.total)
 
 
-def _times(count: int, parts: Mapping[str, int]) -> dict[str, int]:
-    return {name: count * size for name, size in parts.items()}
-
-
-def pass_peak(
-    dims: Dims, trained: Trained, shapes: Sequence[Shape], phase: str = "reference pass", *, at_once: int = 1
-) -> Peak:
+def pass_peak(dims: Dims, trained: Trained, shapes: Sequence[Shape], phase: str = "reference pass") -> Peak:
     """The highest moment of a pass without gradients."""
     held = _held(dims, trained)
-    found = [
-        Peak(phase, {**held, **_times(at_once, _forward(dims, shape, trained.blocks))}, shape) for shape in shapes
-    ] or [Peak(phase, held)]
+    found = [Peak(phase, {**held, **_forward(dims, shape, trained.blocks)}, shape) for shape in shapes]
+    found = found or [Peak(phase, held)]
     return max(found, key=lambda peak: peak.total)
 
 
@@ -204,7 +192,7 @@ def _activations(dims: Dims, trained: Trained, shape: Shape) -> dict[str, int]:
         scored = 0
         layer = _backward(dims, trained, shape) + attention.working + dims.width * between + attention.kept
         working = CHECKPOINTED_LAYERS * layer
-    head = _head(dims, shape)
+    head = _head(dims, shape, trained.blocks)
     parts = {
         "kept for the backward pass": dims.width * whole,
         "attention scores": scored,
@@ -276,9 +264,9 @@ def _backward(dims: Dims, trained: Trained, shape: Shape) -> int:
     return dims.width * (positions * numbers + whole)
 
 
-def _head(dims: Dims, shape: Shape) -> int:
+def _head(dims: Dims, shape: Shape, blocks: bool) -> int:
     """Bytes of the head: the logits of a few chunks, and hidden rows beside them."""
-    chunk = max(64, min(HEAD_ROWS, int(HEAD_BYTES / (4 * dims.vocabulary))))
+    chunk = max(HEAD_LEAST[blocks], min(HEAD_ROWS, int(HEAD_BYTES[blocks] / (4 * dims.vocabulary))))
     logits = min(HEAD_ARRAYS * shape.scored, HEAD_MOST * chunk) * dims.vocabulary * 4
     return logits + HEAD_HIDDEN * shape.n * sum(shape.rows) * dims.hidden * dims.width
 
@@ -296,4 +284,5 @@ def _forward(dims: Dims, shape: Shape, blocks: bool) -> dict[str, int]:
         for length in shape.rows
     )  # fmt: skip
     working = int(FORWARD_LAYERS * positions * numbers * dims.width) + most
-    return {"keys and values of prompts": dims.width * served, "head or a layer": max(working, _head(dims, shape))}
+    head_or_layer = max(working, _head(dims, shape, blocks))
+    return {"keys and values of prompts": dims.width * served, "head or a layer": head_or_layer}

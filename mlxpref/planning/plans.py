@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxpref.config import Config
-from mlxpref.data.plan import Plan, lanes_that_fit, plan_pass, plan_steps
+from mlxpref.data.plan import Plan, plan_pass, plan_steps
 from mlxpref.records import Tokenized
 from mlxpref.reference import kinds_of
 
@@ -25,7 +25,6 @@ def plan_training(
     *,
     share_prompts: bool,
     n_workers: int = 1,
-    n_lanes: int = 1,
     tokens: int | None = None,
 ) -> Plan:
     """Every micro-batch of the updates.
@@ -33,8 +32,7 @@ def plan_training(
     Args:
         share_prompts: as the policy found out.
         n_workers: that share out each batch.
-        n_lanes: micro-batches each of them computes side by side.
-        tokens: padded tokens of the micro-batches of all lanes together; None: the configuration's.
+        tokens: padded tokens of a micro-batch; None: the configuration's.
     """
     batching, training = config.batching, config.training
     return plan_steps(
@@ -49,7 +47,6 @@ def plan_training(
         seed=training.seed,
         max_shapes=max_shapes(config, 2, rows),
         n_workers=n_workers,
-        n_lanes=n_lanes,
     )
 
 
@@ -59,7 +56,6 @@ def plan_evaluation(
     *,
     share_prompts: bool,
     n_workers: int = 1,
-    n_lanes: int = 1,
     tokens: int | None = None,
 ) -> Plan:
     """One evaluation, in batches like those of training: an objective may couple the examples of one.
@@ -81,19 +77,16 @@ def plan_evaluation(
         seed=training.seed,
         max_shapes=max_shapes(config, 4, rows),
         n_workers=n_workers,
-        n_lanes=n_lanes,
     )
 
 
 def plan_reference(
-    config: Config, rows: Sequence[Tokenized], *, share_prompts: bool, n_lanes: int = 1, tokens: int | None = None
+    config: Config, rows: Sequence[Tokenized], *, share_prompts: bool, tokens: int | None = None
 ) -> Plan:
     """One pass over rows, each of them once; arguments as ``plan_training``."""
-    budget = config.batching.budget if tokens is None else tokens
-    n_lanes = lanes_that_fit(rows, micro_batch_tokens=budget, n_lanes=n_lanes) if rows else 1
     return plan_pass(
         rows,
-        micro_batch_tokens=max(1, budget // n_lanes),
+        micro_batch_tokens=config.batching.budget if tokens is None else tokens,
         share_prompts=share_prompts,
         max_shapes=max_shapes(config, 4, rows),
     )

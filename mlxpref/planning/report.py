@@ -59,7 +59,6 @@ class Report:
         )
         parts = sum(len(step) for step in plan.steps)
         budget = f"{found.tokens} tokens" + (" (auto)" if self.chosen else "")
-        budget += f" in {job.lanes} lanes together" if job.lanes > 1 else ""
         yield (
             f"micro-batches: {parts} of at most {budget} in {counted(len(plan.shapes), 'shape')}; "
             f"the largest: {_said_shape(plan.shapes[0])}"
@@ -166,7 +165,7 @@ def make_report(
     if step is not None:
         with machine.set_memory_policy():
             timed = measure(job, found, machine, policy, step, on_progress=on_progress)
-    seconds = expected(found, timed, job.lanes) if timed is not None else None
+    seconds = expected(found, timed) if timed is not None else None
     if tokens_per_second is not None:
         seconds = expected_at(found, tokens_per_second)
     fits = found.total <= memory.usable

@@ -42,7 +42,7 @@ class Rates:
     """Seconds by what is computed.
 
     Attributes:
-        each: of a micro-batch, with others beside it where there are lanes for them.
+        each: of a micro-batch.
         position, scored, pair: of one more of them.
         update: of the weights, once a step.
         tracing: of a shape's first call, beyond what later ones take.
@@ -55,18 +55,10 @@ class Rates:
     update: float = 0.0
     tracing: float = 0.0
 
-    def seconds(self, plan: Plan, *, n_lanes: int, steps: bool = True) -> float:
-        """Of all micro-batches of a plan, without tracing.
-
-        Args:
-            n_lanes: micro-batches side by side, as when these rates were measured.
-            steps: each step waits for its last micro-batch; else the whole plan is one queue.
-        """
+    def seconds(self, plan: Plan) -> float:
+        """Of all micro-batches of a plan, without tracing."""
         own = np.array([self.each, self.position, self.scored, self.pair])
-        found = 0.0
-        for step in plan.steps:
-            at_once = min(n_lanes, len(step)) if steps else n_lanes
-            found += sum(float(own @ _sizes(part.shape)) for part in step) / at_once
+        found = sum(float(own @ _sizes(part.shape)) for step in plan.steps for part in step)
         return found + self.update * len(plan.steps)
 
 
@@ -159,7 +151,7 @@ def measure(
     for part in forward:
         if len(read) >= 1 and clock() - began > 1.5 * PATIENCE:
             break
-        read.append((part.shape, *_timed(partial(_passed, asked, machine, policy, part, job.lanes), clock)))
+        read.append((part.shape, *_timed(partial(_passed, asked, machine, policy, part), clock)))
         on_progress("timing", len(chosen) + len(read), total)
     on_progress("timing", total, total)
     return Measured(
@@ -194,23 +186,18 @@ def _timed(call: Callable[[], None], clock: Callable[[], float]) -> tuple[float,
 
 
 def _updated(job: Job, step: Any, part: PlannedPart, times: int = 1) -> None:
-    """One update with a learning rate of 0 from this part, so many times in every lane."""
+    """One update with a learning rate of 0 from this part, so many times."""
     rows, objective = job.data.train, job.objective
     columns = objective.reads & (objective.from_data | available_columns(rows))
     own = [rows[index] for index in part.rows]
     known = [[np.zeros(len(ids), np.float32) for _, ids in row.slots] for row in own]
     local = PlannedPart(tuple(range(len(own))), part.shape)
     one = collate(own, local, known if job.has_reference_pass else None, columns)
-    n = times * job.lanes
-    step(Batch((one,) * n, (part.rows,) * n, lanes=tuple(range(job.lanes)) * times), 0.0)
+    step(Batch((one,) * times, (part.rows,) * times), 0.0)
 
 
-def _passed(rows: Sequence[Tokenized], machine: Any, policy: Any, part: PlannedPart, n_lanes: int) -> None:
-    one, reference = collate(rows, part), policy.fine_tune_type != "full"
-    if n_lanes == 1:
-        machine.token_logps(policy, one, reference=reference)
-    else:
-        machine.many_token_logps(policy, [one] * n_lanes, reference=reference)
+def _passed(rows: Sequence[Tokenized], machine: Any, policy: Any, part: PlannedPart) -> None:
+    machine.token_logps(policy, collate(rows, part), reference=policy.fine_tune_type != "full")
 
 
 def _accumulates(found: Forecast) -> bool:
@@ -236,15 +223,15 @@ def _rates(timed: Sequence[tuple[Shape, float, float]], update: float) -> Rates:
     return Rates(found.each, found.position, found.scored, found.pair, update, tracing)
 
 
-def expected(found: Forecast, rates: Measured, n_lanes: int) -> dict[str, float]:
-    """Seconds by stage of the whole run, as measured with so many lanes."""
-    stages = {"training": rates.train.seconds(found.train, n_lanes=n_lanes)}
+def expected(found: Forecast, rates: Measured) -> dict[str, float]:
+    """Seconds by stage of the whole run."""
+    stages = {"training": rates.train.seconds(found.train)}
     n_traced = rates.train.tracing * len(found.train.shapes)
     if found.valid is not None:
-        stages["evaluations"] = found.n_evaluations * rates.passes.seconds(found.valid, n_lanes=n_lanes)
+        stages["evaluations"] = found.n_evaluations * rates.passes.seconds(found.valid)
         n_traced += rates.passes.tracing * len(found.valid.shapes)
     if found.reference is not None:
-        stages["reference pass"] = rates.passes.seconds(found.reference, n_lanes=n_lanes, steps=False)
+        stages["reference pass"] = rates.passes.seconds(found.reference)
         n_traced += rates.passes.tracing * len(found.reference.shapes)
     return {**stages, "tracing": n_traced, "all": sum(stages.values()) + n_traced}
 

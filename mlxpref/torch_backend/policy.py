@@ -89,11 +89,6 @@ class Policy:
         return self.way == "shared"
 
     @property
-    def n_lanes(self) -> int:
-        """Micro-batches that are computed side by side: one, on all cores."""
-        return 1
-
-    @property
     def sharded(self) -> bool:
         """Whether every worker holds a slice of the weights; then ``masters`` and ``initial`` are slices, too."""
         return self.network.root is not None

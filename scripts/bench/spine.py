@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from mlxpref.objectives import resolve_objective
 from mlxpref.records import Tokenized
 from mlxpref.reference import reference_logps
 
+STEPS = 100
+"""Of the run that a measured step is one of."""
+
 LORA = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": list(MODULES)}
 
 
@@ -24,11 +28,14 @@ def tokenized(pairs: list[Pair]) -> list[Tokenized]:
 
 
 def plan_of(rows: list[Tokenized], task: Task, share_prompts: bool) -> Plan:
-    """One step over these rows."""
-    return plan_steps(
-        rows, batch_size=task.batch_size, iters=1, micro_batch_tokens=task.micro_batch_tokens,
+    """One step over these rows, as a run of ``STEPS`` such steps has it: tracing a shape is spread over all of them."""
+    plan = plan_steps(
+        rows, batch_size=task.batch_size, iters=STEPS, micro_batch_tokens=task.micro_batch_tokens,
         share_prompts=share_prompts, shuffle=False,
     )  # fmt: skip
+    return replace(
+        plan, steps=plan.steps[:1], epochs=plan.epochs[:1], tokens=plan.tokens // STEPS, slots=plan.slots // STEPS
+    )
 
 
 def policy_of(task: Task, backend: Any) -> Any:
