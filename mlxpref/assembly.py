@@ -17,6 +17,7 @@ from mlxpref.config_layers import dump_config
 from mlxpref.data.batching import collate_step
 from mlxpref.data.columns import available_columns, widths_of
 from mlxpref.data.plan import Plan
+from mlxpref.data.sizes import sizes_of
 from mlxpref.data.stored import Joined
 from mlxpref.data.words import counted
 from mlxpref.errors import ConfigError, raise_all
@@ -87,7 +88,7 @@ class Assembly:
     def policy_and_step(self, data: Prepared) -> tuple[Any, Any]:
         """What a run would compute with, outside of one: to measure it."""
         policy = self._policy()
-        return policy, self._step(policy, n_groups=len(data.groups))
+        return policy, self._step(policy, data, cache_frozen=False)
 
     def loop(self, resume: bool, clock: Callable[[], float]) -> Loop:
         run, data = self.run, self._data()
@@ -101,8 +102,11 @@ class Assembly:
         known = run.facts() if resume else {}
         settled = self._settled(data, policy)
         config = settled.config
-        step = self._step(policy, n_groups=len(data.groups))  # what it refuses is refused before the run begins
+        # What a step refuses is refused before the run begins.
+        step = self._step(policy, data, cache_frozen=config.training.cache_frozen)
         plan = settled._plan(data.train, policy)
+        if config.training.cache_frozen and plan.epochs[-1] <= 1:
+            raise ConfigError("training.cache_frozen: this run meets no example twice; leave it out")
         check_alike(self.workers, config, data.fingerprint, policy, plan)
         schedule = self._schedule(len(plan.steps))
         facts = run_facts(
@@ -208,7 +212,7 @@ class Assembly:
             init_from=adapter.init_from,
             grad_checkpoint=training.grad_checkpoint,
             fsdp=training.fsdp,
-            seed=training.seed,
+            seed=self.config.training.seed,
             **new,
         )
 
@@ -245,7 +249,7 @@ class Assembly:
             end=given.end,
         )
 
-    def _step(self, policy: Any, n_groups: int) -> Any:
+    def _step(self, policy: Any, data: Prepared, *, cache_frozen: bool) -> Any:
         optimizer = self.config.optimizer
         return self.machine.make_step(
             policy,
@@ -255,8 +259,9 @@ class Assembly:
             weight_decay=optimizer.weight_decay,
             max_grad_norm=optimizer.max_grad_norm,
             seed=self.config.training.seed,
-            n_groups=max(1, n_groups),
+            n_groups=max(1, len(data.groups)),
             reference_update=self.config.reference.update_arguments(),
+            frozen_tokens=_most_positions(data.train) if cache_frozen else None,
             workers=self.workers,
         )
 
@@ -351,6 +356,12 @@ class Assembly:
             tokens=lambda batch: sum(train_split.rows[i].n_tokens for part in batch.rows for i in part),
             memory=machine.memory,
         )
+
+
+def _most_positions(rows: Sequence[Tokenized]) -> int:
+    """Token positions of these rows at most: each prompt once for every response."""
+    sizes = sizes_of(rows)
+    return int((sizes.prompts * sizes.responses + sizes.lengths.sum(1)).sum())
 
 
 def _metrics(rows: Sequence[Tokenized], seen: Seen, objective: Objective) -> dict[str, float]:

@@ -309,6 +309,7 @@ class TrainingSection(Section):
     iters: Count | None = None
     epochs: Annotated[Real, Field(gt=0)] | None = None
     grad_checkpoint: bool = False
+    cache_frozen: bool = False
     fsdp: bool = False
     steps_per_report: Count = 10
     steps_per_eval: Annotated[Whole, Field(ge=0)] | None = None
@@ -471,6 +472,8 @@ def _training_contradictions(
     for key in ("update", "momentum"):
         if training.fsdp and getattr(reference, key) is not None:
             yield f"reference.{key} with training.fsdp: it needs a second set of weights; leave one of them out"
+    if training.cache_frozen and adapter.init_from is None and adapter.num_layers == -1:
+        yield "training.cache_frozen with adapter.num_layers -1: every layer trains, none is the same in every epoch"
     if training.val_batches == 0:
         yield "training.val_batches 0: write steps_per_eval: 0 for no evaluation, or -1 for all batches"
     if training.best_metric is not None and training.best_metric not in BEST_METRICS:

@@ -208,7 +208,7 @@ class Hidden(NamedTuple):
 
     Attributes:
         prompts: (B, P, D); None where P is 0.
-        rows: of each shelf (B, T, D), 0 on padding.
+        rows: of each shelf (B, T, D).
     """
 
     prompts: Any

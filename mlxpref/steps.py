@@ -10,6 +10,19 @@ import numpy as np
 from mlxpref.records import Batch, Logps, MicroBatch, StepReport, stack_lists
 from mlxpref.workers import Workers
 
+HEAD_ROWS = 512
+"""Most rows of hidden states that meet the vocabulary at once on MLX."""
+
+
+def head_rows(vocabulary: int, *, on_cpu: bool) -> int:
+    """Rows of one chunk of the head on MLX: at most ``HEAD_ROWS``, fewer where they would make logits of over 25 MB;
+    on a CPU of over 4 MB, which its caches hold.
+
+    About two dozen arrays of a chunk's size are alive at once: MLX allocates some tasks ahead.
+    """
+    least, most = (12, 4e6) if on_cpu else (64, 25e6)
+    return max(least, min(HEAD_ROWS, int(most / (4 * vocabulary))))
+
 
 class Figures(NamedTuple):
     """What a step reports of one micro-batch: losses (B,), log-probs of policy and reference (B, S), or None."""

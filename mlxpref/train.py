@@ -34,6 +34,7 @@ FREE_ON_RESUME = frozenset(
         "output.project",
         "training.steps_per_report",
         "training.save_every",
+        "training.cache_frozen",
         "training.fsdp",
         "training.keep_last",
         "reference.store",

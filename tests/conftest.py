@@ -255,7 +255,13 @@ def _missing() -> dict[str, str]:
     return missing
 
 
+LONGEST = ("test_quickstart.py", "test_readme.py", "test_torch_workers.py", "test_mlx_objectives.py")
+"""Files that take minutes each: begun first, none of them is left alone at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     missing = _missing()
     for item in items:
         for name, why in missing.items():

@@ -369,4 +369,4 @@ def test_planning_a_large_run_is_quick() -> None:
     start = time.perf_counter()
     plan = plan_steps(rows, batch_size=16)
     assert time.perf_counter() - start < 20
-    assert len(plan.shapes) <= 64
+    assert len(plan.shapes) <= 128

@@ -20,7 +20,7 @@ from bench import cases, contestants, measuring, model, pairs, tables  # noqa: E
 from bench.flops import minimum_flops  # noqa: E402 - found once scripts/ is on the path
 from bench.pairs import Lengths  # noqa: E402 - found once scripts/ is on the path
 from bench.picture import alt_text  # noqa: E402 - found once scripts/ is on the path
-from bench.worker import Task  # noqa: E402 - found once scripts/ is on the path
+from bench.worker import WITNESS_FILE, Task  # noqa: E402 - found once scripts/ is on the path
 
 QUICK = cases.Setting(model.TINY, "tiny", repeats=1, warm_up=1, rest=0.0)
 PEERS = {"mlx": ("mlx-lm-lora", "mlx-tune"), "torch": ("mlxpref-torch", "trl", "trl-precomputed")}
@@ -81,6 +81,7 @@ def _planted(scale: float) -> Any:
             own = 1.0 if task.contestant == cases.WITNESS else scale
             assert task.gradients is not None
             np.savez(task.gradients, a=gradient * own, b=gradient.T * own)
+        np.savez(folder / WITNESS_FILE, a=gradient.astype(float), b=gradient.T.astype(float))
         facts = {"weights": 1e6, "padding": 0.1, "slots": 3, "tokens": 2}
         one = {"wall": [1.0], "cpu": [1.0], "peak": [2e6], "facts": facts}
         other = {"wall_per_pair": [0.1], "rate": [1e9]}

@@ -203,7 +203,7 @@ def test_more_rows_than_one_head_chunk(model_of: Any, monkeypatch: pytest.Monkey
     """A chunk boundary in the wrong place would drop or repeat a token."""
     from mlxpref.mlx_backend import logps
 
-    monkeypatch.setattr(logps, "HEAD_CHUNK", 16)
+    monkeypatch.setattr(logps, "head_rows", lambda vocabulary, on_cpu: 16)
     policy = load(model_of("llama"))
     rows = random_rows(vocabulary(policy))
     assert_same(ours(policy, rows, share=True), witness(policy, rows))

@@ -173,7 +173,7 @@ def test_overlap_and_token_kl_are_those_of_the_whole_distributions(
     from mlxpref.mlx_backend.arrays import to_mlx
     from mlxpref.mlx_backend.reading import hidden_rows
 
-    monkeypatch.setattr(logps, "chunk_rows", lambda vocabulary: chunk)
+    monkeypatch.setattr(logps, "head_rows", lambda vocabulary, on_cpu: chunk)
     objective = resolve_objective([{"name": "experimental_mapo", "weighting": "wpo"}])
     assert objective.needs >= {"overlap", "token_kl", "reference"}
     rows = rows_with_everything(3)

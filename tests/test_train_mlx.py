@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mlxpref.callbacks import TrainCallback
 from mlxpref.config import Config
 from mlxpref.config_layers import load_config, parse_setting
+from mlxpref.errors import ConfigError
 from mlxpref.loop import TrainResult
 from mlxpref.train import train
 
@@ -97,6 +100,25 @@ def test_resumed_equals_uninterrupted_byte_for_byte(
     assert adapter(resumed.folder) == adapter(whole.folder)
     assert adapter(resumed.folder / "best") == adapter(whole.folder / "best")
     assert resumed.best_value == whole.best_value
+
+
+def test_rows_of_frozen_layers_are_kept_and_a_resumed_run_makes_them_again(configure: Any, tmp_path: Path) -> None:
+    """The same adapter with and without, to rounding, and after a stop."""
+    settings = ["training.iters=12", "adapter.lora_parameters.dropout=0"]
+    plain = run(configure(*settings, f"output.adapter_path={tmp_path / 'plain'}"))
+    settings.append("training.cache_frozen=true")
+    whole = run(configure(*settings, f"output.adapter_path={tmp_path / 'whole'}"))
+    run(configure(*settings), stop=7)
+    resumed = run(configure(*settings), resume=True)
+    values = [load_file(result.folder / "adapters.safetensors") for result in (plain, whole, resumed)]
+    for other in values[1:]:
+        for name, value in values[0].items():
+            np.testing.assert_allclose(other[name], value, rtol=0, atol=1e-4 * np.abs(value).max(), err_msg=name)
+
+
+def test_a_run_that_meets_no_row_twice_keeps_none(configure: Any) -> None:
+    with pytest.raises(ConfigError, match="meets no example twice"):
+        run(configure("training.cache_frozen=true", "training.iters=2"))
 
 
 def test_full_fine_tuning_resumes_too(configure: Any, tmp_path: Path) -> None:

@@ -32,14 +32,12 @@ from typing import NamedTuple
 
 from mlxpref.bench.dims import Dims, Matrix, read_dims
 from mlxpref.records import Tokenized
+from mlxpref.steps import HEAD_ROWS
 
 __all__ = ["Dims", "Flops", "Lengths", "lengths_of", "minimum_flops", "products", "read_dims"]
 
 Lengths = tuple[int, Sequence[int]]
 """Tokens of a prompt, and of each of its responses."""
-
-HEAD_ROWS = 512
-"""Most rows of one product with the head's matrix: logits are made in chunks."""
 
 
 class Flops(NamedTuple):
@@ -133,11 +131,14 @@ def _lora(matrix: Matrix, rank: int, tokens: float, lowest: bool) -> float:
     return 3 * forward - (2.0 * rank * matrix.inputs * tokens if lowest else 0.0)
 
 
-def products(dims: Dims, tokens: int, scored: int) -> list[tuple[int, int, int, float]]:
+def products(
+    dims: Dims, tokens: int, scored: int, *, head_rows: int = HEAD_ROWS
+) -> list[tuple[int, int, int, float]]:
     """The matrix products of a micro-batch, for a measurement of how fast the device makes them.
 
     Args:
         tokens: positions that one pass reads. scored: of these the head reads.
+        head_rows: of which it reads so many at once, as logits are made in chunks.
 
     Returns:
         ``(rows, inputs, outputs, FLOPs)``, each different product of (rows, inputs) with (inputs, outputs) once,
@@ -149,6 +150,6 @@ def products(dims: Dims, tokens: int, scored: int) -> list[tuple[int, int, int, 
             rows = max(1, round(tokens * matrix.active / matrix.experts))
             shape = (rows, matrix.inputs, matrix.outputs)
             found[shape] = found.get(shape, 0.0) + 2.0 * matrix.inputs * matrix.outputs * matrix.active * tokens
-    head = (max(1, min(scored, HEAD_ROWS)), dims.hidden, dims.vocabulary)
+    head = (max(1, min(scored, head_rows)), dims.hidden, dims.vocabulary)
     found[head] = found.get(head, 0.0) + 2.0 * dims.hidden * dims.vocabulary * scored
     return [(*shape, flops) for shape, flops in found.items()]

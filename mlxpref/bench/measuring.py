@@ -22,6 +22,7 @@ from mlxpref.errors import MlxprefError
 from mlxpref.facts import commit, versions
 from mlxpref.folders import n_trained
 from mlxpref.objectives.registry import FROM_MODEL
+from mlxpref.steps import HEAD_ROWS, head_rows
 
 WARM_UPS = 1
 """Calls of each contestant before it is measured: it traces, and leaves its buffers to the next."""
@@ -239,7 +240,10 @@ def _rate(subject: Subject, dims: Dims | None) -> Callable[[], float] | None:
         return None
     largest = max(subject.batch.parts, key=lambda part: sum(shelf.inputs.size for shelf in part.shelves))
     tokens = largest.prompts.size + sum(shelf.inputs.size for shelf in largest.shelves)
-    shapes = products(dims, tokens, largest.scored.size)
+    device = subject.machine.device_info()
+    on_mlx = device["backend"] == "mlx"
+    chunk = head_rows(dims.vocabulary, on_cpu=device["kind"] == "cpu") if on_mlx else HEAD_ROWS
+    shapes = products(dims, tokens, largest.scored.size, head_rows=chunk)
     dtype = _room(subject.machine, "gauges").dtype_of(subject.policy)
     return lambda: float(_room(subject.machine, "rates").matmul_rate(shapes, dtype=dtype, repeats=1))
 

@@ -106,7 +106,8 @@ def made_up(config: Config, shape: str) -> Prepared:
 def for_steps_alone(config: Config) -> Config:
     """One epoch, and nothing that looks at validation rows."""
     data = config.data.model_copy(update={"valid": None, "valid_split": None, "valid_fraction": None})
-    off = {"steps_per_eval": None, "best_metric": None, "early_stopping": None, "iters": None, "epochs": 1.0}
+    off = {"steps_per_eval": None, "best_metric": None, "early_stopping": None, "iters": None, "epochs": 1.0,
+           "cache_frozen": False}
     training = config.training.model_copy(update=off)
     return config.model_copy(update={"data": data, "training": training})
 

@@ -66,7 +66,7 @@ def command(
     """Say what a run will take before anything runs: steps, shapes, memory by part, whether it fits, time.
 
     Where it does not fit, what to change so that it does comes with the peak predicted then. The exit code is 1 if
-    nothing in the configuration has to be mended and the run still does not fit.
+    the run does not fit.
     """
     if measure and tokens_per_second is not None:
         raise UsageError("--measure and --tokens-per-second both say how fast it is: keep one")

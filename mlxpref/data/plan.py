@@ -51,7 +51,7 @@ def plan_steps(
     shuffle: bool = True,
     keep_together: bool = True,
     seed: int = 0,
-    max_shapes: int = 64,
+    max_shapes: int = 128,
     n_workers: int = 1,
 ) -> Plan:
     """Plan a training run; a function of its arguments only.
@@ -96,7 +96,7 @@ def plan_pass(
     *,
     micro_batch_tokens: int = 8192,
     share_prompts: bool = True,
-    max_shapes: int = 64,
+    max_shapes: int = 128,
 ) -> Plan:
     """Plan one visit of every example, in order of length, each step one micro-batch.
 

@@ -43,7 +43,7 @@ class _Block(NamedTuple):
 def causal_attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | None = None
 ) -> mx.array:
-    """Softmax attention, differentiable once; scores and sums in float32 whatever the dtype.
+    """Softmax attention, differentiable once; sums in float32 whatever the dtype.
 
     Args:
         queries: (R, H, T, D).

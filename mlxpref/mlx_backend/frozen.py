@@ -7,8 +7,11 @@ whatever shape, ever after; the adapted layers start from them.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxpref.errors import ConfigError, RunError
-from mlxpref.mlx_backend import prefix, reading
+from mlxpref.mlx_backend import prefix, probe
 from mlxpref.mlx_backend.arrays import to_mlx
 from mlxpref.mlx_backend.layers import caught
 from mlxpref.records import Hidden, MicroBatch
@@ -25,12 +28,9 @@ if TYPE_CHECKING:
     from mlxpref.mlx_backend.logps import Network
     from mlxpref.mlx_backend.policy import Policy
 
-TOLERANCE = 1e-3
-"""Nats between a token's log-prob from kept rows and from its tokens; they are the same but for rounding."""
-
-
-def frozen_rows(network: Network, micro_batch: MicroBatch) -> Hidden:
-    """What the layers below ``network.first_adapted`` make of a micro-batch's tokens."""
+def frozen_rows(network: Network, micro_batch: MicroBatch) -> list[mx.array]:
+    """What the layers below ``network.first_adapted`` make of a micro-batch's tokens: (B, P, D) of the prompts where
+    P is not 0, and of each shelf (B, T, D)."""
     found: list[mx.array] = []
 
     def read(inputs: mx.array, cache: list[Any] | None) -> None:
@@ -45,7 +45,7 @@ def frozen_rows(network: Network, micro_batch: MicroBatch) -> Hidden:
         read(micro_batch.prompts, recorded)
     for shelf in micro_batch.shelves:
         read(shelf.inputs, None if recorded is None else prefix.serving(recorded, shelf.prompt, offset))
-    return Hidden(found.pop(0) if offset else None, tuple(found))
+    return found
 
 
 class _Row(NamedTuple):
@@ -69,61 +69,76 @@ class FrozenRows:
 
     Args:
         policy: with at least one frozen layer below its adapted ones.
+        n_positions: of token positions at most that will be kept; the temporary folder must have room for them.
 
     Raises:
-        ConfigError: no layer is frozen, or the model's layers cannot be entered in their middle.
+        ConfigError: no layer is frozen, the model's layers cannot be entered in their middle, or no room.
     """
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy, n_positions: int):
         network = policy.network
         if not network.first_adapted:
-            raise ConfigError(
-                "training.cache_frozen: every layer trains, none is the same in every epoch; "
-                "set adapter.num_layers, or leave it out"
-            )
-        if not network.split_head or len(prefix.recording(network.model)) != len(policy.model.layers):
-            raise ConfigError(f"training.cache_frozen: {policy.path}: this architecture's layers do not stand in line")
+            why = f"{', '.join(network.outer[:3])} would train" if network.outer else "every layer trains"
+            raise ConfigError(f"training.cache_frozen: {why}, no layer's work is the same in every epoch; leave it out")
         self._policy = policy
         self._file = tempfile.TemporaryFile(prefix="mlxpref-")  # noqa: SIM115 - as long as the run
+        weakref.finalize(self, self._file.close)
         self._end = 0
         self._kept: dict[int, _Kept] = {}
         self._dtype: Any = None
         self._width = 0
-        self._checked = False
         self._rows = mx.compile(self._rows_of)
+        self._probe()
+        self._check_room(n_positions)
 
-    @property
-    def n_bytes(self) -> int:
-        return self._end
+    def _probe(self) -> None:
+        """A few rows kept in one layout and read in another: the same log-probs and gradients as of their tokens."""
+        met = -1  # of no example of the data
+
+        def filled(first: MicroBatch, second: MicroBatch) -> MicroBatch:
+            rows = range(met, met - len(first.weights), -1)
+            self._keep(first, rows)
+            return second._replace(hidden=self.hidden(second, rows))
+
+        found, tolerance = probe.examine_filled(self._policy, filled)
+        if not found.exact(tolerance):
+            raise ConfigError(
+                f"training.cache_frozen: {self._policy.path}: this architecture's layers cannot be left out "
+                f"({found.reason or f'log-probs differ by {found.logps:.1e} nats'}); train it without"
+            )
+        self._kept, self._end = {}, 0
+
+    def _check_room(self, n_positions: int) -> None:
+        wanted, folder = n_positions * self._width * self._dtype.size, tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if wanted > free:
+            raise ConfigError(
+                f"training.cache_frozen: {n_positions:,} token positions take up to {wanted / 1e9:.1f} GB, and the "
+                f"temporary folder {folder} has {free / 1e9:.1f} GB; set TMPDIR to a larger one, or leave it out"
+            )
 
     def _rows_of(self, batch: MicroBatch) -> list[mx.array]:
         network = self._policy.network
         self._policy.n_traced += 1
         with network.kernels(differentiate=False):
-            found = frozen_rows(network, batch)
-        return [*(() if found.prompts is None else (found.prompts,)), *found.rows]
+            return frozen_rows(network, batch)
 
-    def filled(self, part: MicroBatch, rows: Sequence[int]) -> MicroBatch:
-        """The micro-batch with what its frozen layers make of it.
+    def hidden(self, part: MicroBatch, rows: Sequence[int]) -> Hidden:
+        """What the frozen layers make of a micro-batch, computed where an example of it is met for the first time.
 
         Args:
             part: NumPy arrays.
             rows: (B,) which examples of the data it holds.
 
         Raises:
-            ConfigError: from these rows the model says something else than from the tokens.
             RunError: the temporary folder is full.
         """
-        places = _places(part)
         if any(row not in self._kept for row in rows):
-            self._keep(part, rows, places)
-        filled = part._replace(hidden=self._laid_out(part, rows, places))
-        if not self._checked:
-            self._check(part, filled)
-        return filled
+            self._keep(part, rows)
+        return self._laid_out(part, rows)
 
-    def _keep(self, part: MicroBatch, rows: Sequence[int], places: Sequence[Sequence[_Row]]) -> None:
-        made = self._rows(to_mlx(part))
+    def _keep(self, part: MicroBatch, rows: Sequence[int]) -> None:
+        made, places = self._rows(to_mlx(part)), _places(part)
         mx.eval(made)
         self._dtype, self._width = made[0].dtype, made[0].shape[-1]
         arrays = [_as_numpy(one) for one in made]
@@ -140,7 +155,8 @@ class FrozenRows:
 
     def _write(self, data: bytes) -> None:
         try:
-            os.pwrite(self._file.fileno(), data, self._end)
+            if os.pwrite(self._file.fileno(), data, self._end) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RunError(
                 f"training.cache_frozen: the temporary folder {tempfile.gettempdir()} takes no more than "
@@ -155,7 +171,8 @@ class FrozenRows:
         shared, *rows = np.split(whole, np.cumsum([kept.shared, *kept.lengths])[:-1])
         return shared, rows
 
-    def _laid_out(self, part: MicroBatch, rows: Sequence[int], places: Sequence[Sequence[_Row]]) -> Hidden:
+    def _laid_out(self, part: MicroBatch, rows: Sequence[int]) -> Hidden:
+        places = _places(part)
         kind, offset = _NUMPY[self._dtype.size], part.prompts.shape[1]
         prompts = np.zeros((*part.prompts.shape, self._width), kind)
         shelves = [np.zeros((*shelf.inputs.shape, self._width), kind) for shelf in part.shelves]
@@ -166,23 +183,10 @@ class FrozenRows:
             for at, tokens in zip(places[b], own, strict=True):
                 tokens = np.concatenate([shared[offset:], tokens]) if behind >= 0 else tokens[-behind:]
                 shelves[at.shelf][at.row, : at.length] = tokens
-        return Hidden(
-            self._as_mlx(prompts) if offset else None, tuple(self._as_mlx(one) for one in shelves)
-        )
+        return Hidden(self._as_mlx(prompts) if offset else None, tuple(map(self._as_mlx, shelves)))
 
     def _as_mlx(self, array: np.ndarray) -> mx.array:
         return mx.view(mx.array(array), self._dtype)
-
-    def _check(self, part: MicroBatch, filled: MicroBatch) -> None:
-        """Of the first micro-batch: the same log-probs either way."""
-        ours, theirs = (reading.token_logps(self._policy, one).tokens for one in (filled, part))
-        off = float(np.abs(ours - theirs).max())
-        if not off <= TOLERANCE:
-            raise ConfigError(
-                f"training.cache_frozen: {self._policy.path}: log-probs from kept rows are off by {off:.1e} nats; "
-                "train this architecture without it"
-            )
-        self._checked = True
 
 
 _NUMPY = {2: np.uint16, 4: np.float32}

@@ -28,6 +28,16 @@ class _Stub:
         return getattr(self._layer, name)
 
 
+class _Alone(_Stub):
+    """The layer, provided that it hands on hidden rows and nothing beside them."""
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        output = self._layer(hidden, *args, **kwargs)
+        if not isinstance(output, mx.array):
+            raise TypeError(f"its layers hand on a {type(output).__name__}, not hidden rows alone")
+        return output
+
+
 class _Pass(_Stub):
     """Gives its input on, or ``instead``."""
 
@@ -74,7 +84,7 @@ def caught(body: nn.Module, first: int) -> Iterator[_Catch]:
     """Within this context no layer from ``first`` on is computed; what it would get is caught."""
     name, layers = layers_of(body)
     catch = _Catch(layers[first])
-    body[name] = [*layers[:first], catch, *map(_Pass, layers[first + 1 :])]
+    body[name] = [*map(_Alone, layers[:first]), catch, *map(_Pass, layers[first + 1 :])]
     try:
         yield catch
     finally:

@@ -33,9 +33,7 @@ from mlxpref.mlx_backend.checkpointing import checkpointed_layers
 from mlxpref.mlx_backend.elementwise import on_cpu, picked_logps
 from mlxpref.mlx_backend.layers import started_from
 from mlxpref.records import Logps, MicroBatch
-
-HEAD_CHUNK = 512
-"""Most rows of hidden states that meet the vocabulary at once."""
+from mlxpref.steps import head_rows
 
 _BODY_NAMES = ("model", "transformer", "backbone")
 
@@ -197,16 +195,6 @@ def _row_logps(network: Network, hidden: mx.array, targets: mx.array) -> mx.arra
     return picked - mx.logsumexp(logits, axis=-1)
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows of one chunk: at most ``HEAD_CHUNK``, fewer where they would make logits of over 25 MB; on a CPU of over
-    4 MB, which its caches hold.
-
-    About a dozen arrays of a chunk's size are alive at once: MLX allocates some tasks ahead.
-    """
-    least, most = (16, 4e6) if on_cpu() else (64, 25e6)
-    return max(least, min(HEAD_CHUNK, int(most / (4 * vocabulary))))
-
-
 def _chunked(
     network: Network,
     hidden: mx.array,
@@ -216,7 +204,7 @@ def _chunked(
     other: mx.array | None,
 ) -> list[mx.array]:
     """(N,) log-probs of all rows, then each statistic, chunk after chunk."""
-    bounds = _bounds(hidden.shape[0], chunk_rows(network.vocabulary))
+    bounds = _bounds(hidden.shape[0], head_rows(network.vocabulary, on_cpu=on_cpu()))
     if statistics:
         return _with_statistics(network, hidden, targets, differentiate, statistics, other, bounds)
     if differentiate and network.outer:

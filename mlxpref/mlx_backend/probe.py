@@ -7,6 +7,7 @@ are a dozen tokens long: a sliding window wider than that is not exercised here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -105,6 +106,23 @@ def examine(policy: Policy, *, checkpointing: bool = True) -> Ways:
         policy.model.train(training)
 
 
+def examine_filled(
+    policy: Policy, filled: Callable[[MicroBatch, MicroBatch], MicroBatch]
+) -> tuple[Probe, float]:
+    """A micro-batch as ``filled`` makes it of one layout of some rows and of another, against the latter as it is; and
+    what rounding alone may explain."""
+    training, rows = policy.model.training, _random_rows(vocabulary_size(policy.config))
+    first, second = (3, 5) if policy.share_prompts else (0, 0)
+    _training_without_dropout(policy.model)
+    try:
+        read = micro_batch(rows, shared=second, padding=8)
+        truth = _outcome(policy, read, policy.network)
+        found = _compare(policy, lambda: filled(micro_batch(rows, shared=first), read), policy.network, truth)
+        return found, TOLERANCE[dtype_name(policy.model)]
+    finally:
+        policy.model.train(training)
+
+
 def _choices(network: Network) -> list[tuple[bool, bool]]:
     """(own kernels, split head), best first; the last is MLX's own way with whole rows of logits."""
     wanted = [(own, split) for own in (True, False) for split in (True, False)]
@@ -191,9 +209,13 @@ def _outcome(policy: Policy, batch: MicroBatch, network: Network) -> tuple[mx.ar
 
 
 def _compare(
-    policy: Policy, batch: MicroBatch, network: Network, truth: tuple[mx.array, dict[str, mx.array]]
+    policy: Policy,
+    batch: MicroBatch | Callable[[], MicroBatch],
+    network: Network,
+    truth: tuple[mx.array, dict[str, mx.array]],
 ) -> Probe:
     try:
+        batch = batch if isinstance(batch, MicroBatch) else batch()
         logps, gradients = _outcome(policy, batch, network)
     except (ModelError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         # Any of these is a model class that does not fit the layout; the plain way needs nothing of it.

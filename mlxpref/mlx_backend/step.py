@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxpref.errors import ConfigError
 from mlxpref.mlx_backend import reading, step_state
 from mlxpref.mlx_backend.arrays import to_mlx
+from mlxpref.mlx_backend.frozen import FrozenRows
 from mlxpref.mlx_backend.memory import memory, trim_cache
 from mlxpref.mlx_backend.moving import MovingReference
 from mlxpref.mlx_backend.optimizers import make_optimizer
@@ -50,6 +51,7 @@ class Step:
         policy: whose trainable parameters move.
         state: of the objective, by formula.
         moving: the reference, where it follows the policy; else None.
+        frozen: what the frozen layers make of the examples, where that is kept; else None.
         workers: who share out each batch; the gradients and figures of all are one sum.
     """
 
@@ -63,6 +65,7 @@ class Step:
         *,
         n_groups: int = 1,
         moving: MovingReference | None = None,
+        frozen: FrozenRows | None = None,
         workers: Workers | None = None,
     ):
         self.policy = policy
@@ -73,6 +76,7 @@ class Step:
         self.random = mx.random.key(seed)
         self.state = tree_map(_as_float, objective.initial_state(n_groups))
         self.moving = moving
+        self.frozen = frozen
         self.workers = Workers() if workers is None else workers
         self._statistics = objective.needs & FROM_MODEL
         self._step_peak = 0.0
@@ -199,10 +203,10 @@ class Step:
         batch = self._completed(batch, mine)
         arrays = [to_mlx(part) for part in batch.parts]
         if self.objective.coupled:
-            arrays, gradients, found, state = self._coupled(arrays, keys, mine)
+            arrays, gradients, found, state = self._coupled(batch, arrays, keys, mine)
             [gradients] = self._added([gradients])
         else:
-            gradients, own = self._one_by_one(arrays, keys, mine)
+            gradients, own = self._one_by_one(batch, arrays, keys, mine)
             blank = [_blank_sums(part, self._compares(arrays)) for part in arrays]
             parts = [_sums(own[i], arrays[i]) if i in own else blank[i] for i in range(len(arrays))]
             gradients, *found = self._added([gradients, *parts])
@@ -228,8 +232,14 @@ class Step:
         pieces = (piece.reshape(shape) for piece, shape in zip(mx.split(total, cuts), shapes, strict=False))
         return tree_map(lambda leaf: None if leaf is None else next(pieces), trees)
 
+    def _entered(self, batch: Batch, arrays: Sequence[MicroBatch], index: int) -> MicroBatch:
+        """A micro-batch with what the frozen layers make of it, where that is kept."""
+        if self.frozen is None:
+            return arrays[index]
+        return arrays[index]._replace(hidden=self.frozen.hidden(batch.parts[index], batch.rows[index]))
+
     def _one_by_one(
-        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+        self, batch: Batch, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
     ) -> tuple[dict[str, mx.array], dict[int, _Part]]:
         """Gradients of the mean loss from these micro-batches, each for itself; a part by its index."""
         total = _weight(arrays)
@@ -237,7 +247,7 @@ class Step:
 
         def gradients(index: int) -> dict[str, mx.array]:
             _seed(keys[index])
-            found, parts[index] = self._gradients(self.policy.masters, arrays[index], total)
+            found, parts[index] = self._gradients(self.policy.masters, self._entered(batch, arrays, index), total)
             return found
 
         return self._summed(gradients, mine, parts), parts
@@ -259,7 +269,7 @@ class Step:
         return {name: total[name] for name in masters}
 
     def _coupled(
-        self, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
+        self, batch: Batch, arrays: Sequence[MicroBatch], keys: Sequence[mx.array], mine: Sequence[int]
     ) -> tuple[list[MicroBatch], dict[str, mx.array], list[Figures], Any]:
         """The same of losses that depend on the whole batch, and the objective's next state.
 
@@ -269,7 +279,7 @@ class Step:
         own = {}
         for index in mine:
             _seed(keys[index])
-            own[index] = self._values(self.policy.masters, arrays[index])
+            own[index] = self._values(self.policy.masters, self._entered(batch, arrays, index))
             mx.eval(own[index])
         arrays, values = self._gathered(arrays, own)
         total = _weight(arrays)
@@ -283,7 +293,7 @@ class Step:
 
         def pulled(index: int) -> dict[str, mx.array]:
             _seed(keys[index])
-            return self._pull(self.policy.masters, arrays[index], slopes[index])
+            return self._pull(self.policy.masters, self._entered(batch, arrays, index), slopes[index])
 
         return arrays, self._summed(pulled, mine, {}), _all_sums(losses, values, arrays), state
 
@@ -398,6 +408,7 @@ def make_step(
     seed: int = 0,
     n_groups: int = 1,
     reference_update: Mapping[str, Any] | None = None,
+    frozen_tokens: int | None = None,
     workers: Workers | None = None,
 ) -> Step:
     """The compiled update of a policy under an objective.
@@ -411,11 +422,13 @@ def make_step(
         n_groups: different values of the column ``groups``.
         reference_update: ``kind`` "soft" or "hard", ``alpha`` and ``every``: the reference follows the policy
             (see ``MovingReference``); its log-probs are computed in every step then. None: it stays.
+        frozen_tokens: what the frozen layers make of each example is kept, of so many token positions at most (see
+            ``FrozenRows``). None: it is computed in every step.
         workers: the processes that share out each batch; every one of them makes the same step.
 
     Raises:
-        ConfigError: of ``make_optimizer``; or an objective that compares whole distributions, with a head that
-            trains.
+        ConfigError: of ``make_optimizer`` and of ``FrozenRows``; or an objective that compares whole
+            distributions, with a head that trains.
     """
     if "token_kl" in objective.needs and policy.network.outer:
         raise ConfigError(
@@ -424,4 +437,10 @@ def make_step(
         )
     chosen = make_optimizer(optimizer, weight_decay, optimizer_options)
     moving = None if reference_update is None else MovingReference(policy, **reference_update)
-    return Step(policy, objective, chosen, max_grad_norm, seed, n_groups=n_groups, moving=moving, workers=workers)
+    if frozen_tokens is not None and workers is not None and workers.size > 1:
+        raise ConfigError("training.cache_frozen keeps rows for one worker, which meets all examples: leave it out")
+    frozen = None if frozen_tokens is None else FrozenRows(policy, frozen_tokens)
+    return Step(
+        policy, objective, chosen, max_grad_norm, seed,
+        n_groups=n_groups, moving=moving, frozen=frozen, workers=workers,
+    )  # fmt: skip

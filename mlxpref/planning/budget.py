@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mlxpref.errors import ConfigError
 from mlxpref.planning.forecast import Job, forecast
@@ -12,14 +12,14 @@ SIZES = tuple(64 * round(16 * 2 ** (step / 4) / 2) for step in range(29))
 """Budgets there are to choose from: 512 to 65,536 tokens, four to each doubling."""
 
 
-def largest_that_fits(fits: Callable[[int], bool]) -> int | None:
-    """The largest of ``SIZES`` for which this holds; None if it holds for none. A larger budget is taken to need at
-    least as much."""
-    low, high = -1, len(SIZES)  # SIZES[low] fits, SIZES[high] does not
+def largest_that_fits(fits: Callable[[int], bool], sizes: Sequence[int] = SIZES) -> int | None:
+    """The largest of ascending ``sizes`` for which this holds; None if it holds for none. A larger budget is taken to
+    need at least as much."""
+    low, high = -1, len(sizes)  # sizes[low] fits, sizes[high] does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(SIZES[middle]) else (low, middle)
-    return SIZES[low] if low >= 0 else None
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low] if low >= 0 else None
 
 
 def choose_tokens(job: Job, memory: Memory) -> int:

@@ -98,11 +98,11 @@ def make_job(
     folder = model_folder(model.path, revision=model.revision, weights=False)
     dtype = model.dtype or ("float32" if kind == "cpu" else None)
     dims = read_dims(folder, dtype=dtype, load_in_4bit=model.load_in_4bit)
-    trained = trained_of(config, dims, blocks=kind == "cpu" and dims.dtype == "float32")
+    trained = trained_of(config, dims, on_cpu=kind == "cpu")
     return Job(config, objective, data, dims, trained, share_prompts)
 
 
-def trained_of(config: Config, dims: Dims, *, blocks: bool) -> Trained:
+def trained_of(config: Config, dims: Dims, *, on_cpu: bool) -> Trained:
     """What a configuration trains of a model."""
     adapter = config.adapter
     if adapter.init_from is not None:
@@ -122,7 +122,8 @@ def trained_of(config: Config, dims: Dims, *, blocks: bool) -> Trained:
         grad_checkpoint=config.training.grad_checkpoint,
         optimizer=config.optimizer.name,
         from_adapter=adapter.init_from is not None,
-        blocks=blocks,
+        blocks=on_cpu and dims.dtype == "float32",
+        on_cpu=on_cpu,
     )
 
 

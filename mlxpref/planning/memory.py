@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from mlxpref.data.shapes import Shape
 from mlxpref.planning.attention import scores
 from mlxpref.planning.dims import Dims, Matrix
+from mlxpref.steps import head_rows
 
 MLP_KEPT, SWIGLU_KEPT = 4, 2
 """Arrays of the inner width that the MLP's product keeps: gate, up, the gate's sigmoid and the activated gate; of a
 gate through SiLU the first two. Its result is an input of the next module."""
-
-HEAD_ROWS = 512
-"""Most hidden rows that meet the vocabulary at once."""
-
-HEAD_BYTES, HEAD_LEAST = {False: 25e6, True: 4e6}, {False: 64, True: 16}
-"""Logits of a chunk at most, unless so many rows make more; on a CPU less."""
 
 HEAD_ARRAYS, HEAD_MOST = 8, 25
 """Arrays of (scored rows x vocabulary) that the head has at once; and of a chunk's size, however many chunks there
@@ -68,6 +63,7 @@ class Trained:
         optimizer: its name.
         from_adapter: it starts from one, whose values stay as the reference.
         blocks: attention goes block by block wherever it can; see :mod:`.attention`.
+        on_cpu: the head's chunks are those of a CPU; see :func:`mlxpref.steps.head_rows`.
     """
 
     fine_tune_type: str
@@ -79,6 +75,7 @@ class Trained:
     optimizer: str = "adamw"
     from_adapter: bool = False
     blocks: bool = True
+    on_cpu: bool = True
 
     def first(self, dims: Dims) -> int:
         """Index of the lowest layer that trains."""
@@ -152,7 +149,7 @@ def training_peak(dims: Dims, trained: Trained, shapes: Sequence[Shape], *, accu
 def pass_peak(dims: Dims, trained: Trained, shapes: Sequence[Shape], phase: str = "reference pass") -> Peak:
     """The highest moment of a pass without gradients."""
     held = _held(dims, trained)
-    found = [Peak(phase, {**held, **_forward(dims, shape, trained.blocks)}, shape) for shape in shapes]
+    found = [Peak(phase, {**held, **_forward(dims, shape, trained)}, shape) for shape in shapes]
     found = found or [Peak(phase, held)]
     return max(found, key=lambda peak: peak.total)
 
@@ -192,7 +189,7 @@ def _activations(dims: Dims, trained: Trained, shape: Shape) -> dict[str, int]:
         scored = 0
         layer = _backward(dims, trained, shape) + attention.working + dims.width * between + attention.kept
         working = CHECKPOINTED_LAYERS * layer
-    head = _head(dims, shape, trained.blocks)
+    head = _head(dims, shape, trained.on_cpu)
     parts = {
         "kept for the backward pass": dims.width * whole,
         "attention scores": scored,
@@ -264,9 +261,9 @@ def _backward(dims: Dims, trained: Trained, shape: Shape) -> int:
     return dims.width * (positions * numbers + whole)
 
 
-def _head(dims: Dims, shape: Shape, blocks: bool) -> int:
+def _head(dims: Dims, shape: Shape, on_cpu: bool) -> int:
     """Bytes of the head: the logits of a few chunks, and hidden rows beside them."""
-    chunk = max(HEAD_LEAST[blocks], min(HEAD_ROWS, int(HEAD_BYTES[blocks] / (4 * dims.vocabulary))))
+    chunk = head_rows(dims.vocabulary, on_cpu=on_cpu)
     logits = min(HEAD_ARRAYS * shape.scored, HEAD_MOST * chunk) * dims.vocabulary * 4
     return logits + HEAD_HIDDEN * shape.n * sum(shape.rows) * dims.hidden * dims.width
 
@@ -274,15 +271,15 @@ def _head(dims: Dims, shape: Shape, blocks: bool) -> int:
 # --- without gradients ---
 
 
-def _forward(dims: Dims, shape: Shape, blocks: bool) -> dict[str, int]:
+def _forward(dims: Dims, shape: Shape, trained: Trained) -> dict[str, int]:
     positions = shape.n * (shape.prompt + sum(shape.rows))
     numbers = 6 * dims.hidden + 3 * dims.inner * dims.experts + 2 * dims.queries + 4 * dims.keys
     served = dims.layers * 2 * dims.keys * shape.n * shape.prompt
     most = max(
         scores(rows=shape.n, heads=dims.heads, queries=length, keys=shape.prompt + length, width=dims.width,
-               blocks=blocks).working
+               blocks=trained.blocks).working
         for length in shape.rows
     )  # fmt: skip
     working = int(FORWARD_LAYERS * positions * numbers * dims.width) + most
-    head_or_layer = max(working, _head(dims, shape, blocks))
+    head_or_layer = max(working, _head(dims, shape, trained.on_cpu))
     return {"keys and values of prompts": dims.width * served, "head or a layer": head_or_layer}

@@ -89,15 +89,10 @@ def _remedy(change: _Change) -> Remedy:
 
 def _smaller_budget(change: _Change, memory: Memory) -> Iterator[_Change]:
     def fits(tokens: int) -> bool:
-        return tokens < change.tokens and replace(change, tokens=tokens).predicted().total <= memory.usable
+        return replace(change, tokens=tokens).predicted().total <= memory.usable
 
-    def holds(tokens: int) -> bool:
-        return fits(min(tokens, change.tokens - 1))
-
-    if change.tokens <= SIZES[0]:
-        return
-    tokens = largest_that_fits(holds)
-    if tokens is not None and tokens < change.tokens:
+    tokens = largest_that_fits(fits, [size for size in SIZES if size < change.tokens])
+    if tokens is not None:
         cost = "a little time; the same result"
         yield change.then("batching.micro_batch_tokens", str(tokens), cost, tokens=tokens)
 

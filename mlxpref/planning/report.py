@@ -208,6 +208,10 @@ def _notes(job: Job, device: dict[str, Any]) -> Iterator[str]:
         yield f"memory is rough: {job.dims.rough}"
     if not job.dims.from_header:
         yield "no weights on this disk: sizes are those that config.json describes"
+    if job.config.training.fsdp:
+        yield "training.fsdp: weights, masters, moments and gradients are counted whole, not a worker's slice of them"
+    if job.config.reference.momentum is not None:
+        yield "reference.momentum holds a second model during the reference pass, which is not counted"
     if job.config.reference.update is not None:
         yield "a reference that follows the policy holds a dense matrix a module, which is not counted"
 

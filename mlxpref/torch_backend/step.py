@@ -373,6 +373,7 @@ def make_step(
     seed: int = 0,
     n_groups: int = 1,
     reference_update: Mapping[str, Any] | None = None,
+    frozen_tokens: int | None = None,
     workers: Workers | None = None,
 ) -> Step:
     """The update of a policy under an objective.
@@ -386,6 +387,7 @@ def make_step(
         n_groups: different values of the column ``groups``.
         reference_update: ``kind`` "soft" or "hard", ``alpha`` and ``every``: the reference follows the policy
             (see ``MovingReference``); its log-probs are computed in every step then. None: it stays.
+        frozen_tokens: not on PyTorch.
         workers: the processes that share out each batch; every one of them makes the same step.
 
     Raises:
@@ -397,6 +399,8 @@ def make_step(
             f"{objective.name} compares the policy's and the reference's whole distributions, which share one "
             f"head here; {', '.join(policy.network.outer[:3])} would train: adapt layers only"
         )
+    if frozen_tokens is not None:
+        raise ConfigError("training.cache_frozen is there for model.backend: mlx alone; leave one of the two out")
     if policy.sharded:
         _check_sharded(objective, optimizer, reference_update)
     chosen = make_optimizer(optimizer, weight_decay, optimizer_options)

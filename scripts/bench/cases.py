@@ -14,10 +14,10 @@ from bench.flops import minimum_flops
 from bench.measuring import REST, Measured, disagreement, environment, measure
 from bench.model import Dims, lora_start, write_model
 from bench.pairs import Lengths, Pair, make_pairs, save_pairs, shape_lengths
-from bench.worker import Task
+from bench.worker import WITNESS_FILE, Task
 
 WITNESS = "plain"
-"""Whose gradient the others' are compared with."""
+"""Whose gradient, in float64, all are compared with."""
 
 OWN = ("mlxpref", "plain")
 """Whose failure ends a comparison; another's is reported."""
@@ -25,8 +25,8 @@ OWN = ("mlxpref", "plain")
 TOLERANCE = 1e-5
 """Relative; above it two gradients are not of one loss."""
 
-REFERENCE_PAIRS = 10
-"""Pairs of a reference pass: more than a step has, as in a run."""
+REFERENCE_PAIRS = 40
+"""Pairs of a reference pass: many more than a step has, as in a run, so that each finds others of its length."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run_case(
     )  # fmt: skip
     for task in tasks:
         if task.contestant in found and task.gradients and Path(task.gradients).exists():
-            found[task.contestant].agreement = disagreement(Path(task.gradients), folder / f"{WITNESS}.npz")
+            found[task.contestant].agreement = disagreement(Path(task.gradients), folder / WITNESS_FILE)
     flops = minimum_flops(folder / "model", pairs[: setting.batch_size])
     return Case(setting, groups.pop(), found, flops, derived(found, setting.batch_size, flops), failed)
 

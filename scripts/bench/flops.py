@@ -15,6 +15,7 @@ from statistics import median
 from bench.model import RANK
 from bench.pairs import Lengths, Pair
 from mlxpref.bench import flops as counted
+from mlxpref.steps import head_rows
 
 
 def minimum_flops(model: Path, pairs: Sequence[Pair | Lengths], rank: int = RANK) -> float:
@@ -39,8 +40,10 @@ def matmul_rate(model: Path, tokens: int, scored: int, *, seconds: float = 0.05)
     """
     import mlx.core as mx
 
+    dims = counted.read_dims(model)
+    chunk = head_rows(dims.vocabulary, on_cpu=mx.default_device() == mx.Device(mx.cpu))
     flops = spent = 0.0
-    for m, n, out, whole in counted.products(counted.read_dims(model), tokens, scored):
+    for m, n, out, whole in counted.products(dims, tokens, scored, head_rows=chunk):
         x, y, w = (mx.random.normal(shape) for shape in ((m, n), (m, out), (out, n)))
         mx.eval(x, y, w)
         for product in (lambda x=x, w=w: x @ w.T, lambda y=y, w=w: y @ w):

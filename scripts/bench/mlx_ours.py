@@ -54,7 +54,8 @@ def whole_run(task: Task, gate: Gate) -> None:
         step = step_of(policy, task, machine)
         for parts in plan.steps:
             step(collate_step(rows, parts, known), task.learning_rate)
-        machine.save_adapter(policy, Path(tempfile.mkdtemp(prefix="bench-")) / "adapter", extra={})
+        place = tempfile.mkdtemp(prefix="bench-", dir=Path(task.pairs).parent)
+        machine.save_adapter(policy, Path(place) / "adapter", extra={})
         gate.figures = {
             "padded": 1 / (1 - plan.padding), "computed": plan.slots / plan.tokens,
             "shapes": len(plan.shapes), "steps": len(plan.steps),

@@ -72,8 +72,9 @@ def _offer_a_working_set() -> None:
         mx.set_wired_limit = lambda _: 0
 
 
-def _quiet_places() -> Path:
-    return Path(tempfile.mkdtemp(prefix="bench-")) / "adapters.safetensors"
+def _quiet_place(task: Task) -> Path:
+    """A file in a folder that goes when the comparison is over."""
+    return Path(tempfile.mkdtemp(prefix="bench-", dir=Path(task.pairs).parent)) / "adapters.safetensors"
 
 
 def mlx_lm_lora(task: Task, gate: Gate) -> None:
@@ -127,7 +128,7 @@ def _mlx_lm_lora_arguments(trainer: Any, task: Task, iters: int) -> Any:
     return trainer.DPOTrainingArgs(
         batch_size=task.batch_size, iters=iters, beta=task.beta, max_seq_length=LONGEST,
         steps_per_report=iters, steps_per_eval=ENDLESS, steps_per_save=ENDLESS,
-        adapter_file=_quiet_places(), grad_checkpoint=task.grad_checkpoint,
+        adapter_file=_quiet_place(task), grad_checkpoint=task.grad_checkpoint,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def sft(task: Task, gate: Gate) -> None:
     rows = [([*one.prompt.tolist(), *ids.tolist()], len(one.prompt)) for one in pairs for ids in one[1:]]
     arguments = trainer.TrainingArgs(
         batch_size=2 * task.batch_size, iters=ENDLESS, max_seq_length=LONGEST, steps_per_report=ENDLESS,
-        steps_per_eval=ENDLESS, steps_per_save=ENDLESS, adapter_file=str(_quiet_places()),
+        steps_per_eval=ENDLESS, steps_per_save=ENDLESS, adapter_file=str(_quiet_place(task)),
         grad_checkpoint=task.grad_checkpoint,
     )  # fmt: skip
     equip(gate, n_bytes(model))
@@ -183,7 +184,7 @@ def mlx_tune(task: Task, gate: Gate) -> None:
         settings = trainers.DPOConfig(
             beta=task.beta, learning_rate=task.learning_rate, per_device_train_batch_size=task.batch_size,
             max_steps=10**6, logging_steps=ENDLESS, save_steps=ENDLESS, max_seq_length=LONGEST,
-            output_dir=str(_quiet_places().parent),
+            output_dir=str(_quiet_place(task).parent),
         )  # fmt: skip
         optimisers = type("Optimisers", (), {"AdamW": lambda learning_rate: optimizer, "cosine_decay": lambda *_: 0.0})
         first = [equipped]

@@ -1,15 +1,16 @@
-"""The plain DPO step: four forwards over whole padded rows, whole logits; the witness of every gradient."""
+"""The plain DPO step: four forwards over whole padded rows, whole logits; in float64 the witness of every gradient."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from bench.mlx_common import adamw, base_model, equip, mx, n_bytes, nn, tree_flatten, with_lora
 from bench.pairs import Pair, load_pairs
 from bench.spine import save_gradients
-from bench.worker import Gate, Task
+from bench.worker import WITNESS_FILE, Gate, Task
 
 
 def rows_of(pairs: list[Pair]) -> tuple[mx.array, mx.array]:
@@ -25,8 +26,9 @@ def rows_of(pairs: list[Pair]) -> tuple[mx.array, mx.array]:
 
 
 def sums(model: nn.Module, ids: mx.array, mask: mx.array) -> mx.array:
-    """(n,) log-probs of the responses, nats."""
-    logits = model(ids[:, :-1]).astype(mx.float32)
+    """(n,) log-probs of the responses, nats, in float32 or in a float64 model's own."""
+    logits = model(ids[:, :-1])
+    logits = logits if logits.dtype == mx.float64 else logits.astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     taken = mx.take_along_axis(logps, ids[:, 1:, None], axis=-1)[..., 0]
     return (taken * mask[:, 1:]).sum(-1)
@@ -41,14 +43,31 @@ def dpo(model: nn.Module, reference: nn.Module, ids: mx.array, mask: mx.array, b
     return mx.logaddexp(mx.zeros_like(margin), -beta * margin).mean()
 
 
-def plain(task: Task, gate: Gate) -> None:
+def gradients_of(task: Task, pairs: list[Pair], kind: mx.Dtype | None = None) -> dict[str, mx.array]:
+    """Gradients of the pairs' loss, all computed in this dtype; None: the models'."""
     model, reference = with_lora(base_model(task)[0], task), base_model(task)[0]
+    for one in (model, reference) if kind is not None else ():
+        one.set_dtype(kind)
+    _, found = nn.value_and_grad(model, lambda *batch: dpo(model, reference, *batch, task.beta))(*rows_of(pairs))
+    return dict(tree_flatten(found))
+
+
+def save_witness(task: Task, pairs: list[Pair], file: Path) -> None:
+    """The same gradients in float64, which MLX has on the CPU alone."""
+    with mx.stream(mx.cpu):
+        found = gradients_of(task, pairs, mx.float64)
+        if {value.dtype for value in found.values()} != {mx.float64}:
+            raise TypeError("the witness was not computed in float64")
+        save_gradients(found, str(file))
+
+
+def plain(task: Task, gate: Gate) -> None:
     pairs = load_pairs(task.pairs)[: task.batch_size]
-    loss_and_gradients = nn.value_and_grad(model, lambda ids, mask: dpo(model, reference, ids, mask, task.beta))
     if task.gradients:
-        _, gradients = loss_and_gradients(*rows_of(pairs))
-        save_gradients(dict(tree_flatten(gradients)), task.gradients)
-        del gradients
+        save_gradients(gradients_of(task, pairs), task.gradients)
+        save_witness(task, pairs, Path(task.gradients).with_name(WITNESS_FILE))
+    model, reference = with_lora(base_model(task)[0], task), base_model(task)[0]
+    loss_and_gradients = nn.value_and_grad(model, lambda ids, mask: dpo(model, reference, ids, mask, task.beta))
     optimizer = adamw(task)
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state]

@@ -7,6 +7,7 @@ beforehand. Its gradient is read where its optimiser is about to be called, in t
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def _settings(task: Task, precomputed: bool) -> Any:
     from trl import DPOConfig
 
     return DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="bench-"), max_steps=10**6, per_device_train_batch_size=task.batch_size,
+        output_dir=tempfile.mkdtemp(prefix="bench-", dir=Path(task.pairs).parent),
+        max_steps=10**6, per_device_train_batch_size=task.batch_size,
         train_sampling_strategy="sequential", beta=task.beta, loss_type=["sigmoid"], max_length=None,
         learning_rate=task.learning_rate, lr_scheduler_type="constant", optim="adamw_torch",
         weight_decay=task.weight_decay, max_grad_norm=0.0, logging_strategy="no", save_strategy="no",

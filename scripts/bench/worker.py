@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+WITNESS_FILE = "witness.npz"
+"""Beside the contestants' gradients: those that all are compared with."""
+
 
 @dataclass(frozen=True)
 class Task:
