@@ -5,9 +5,9 @@
     python scripts/measure_plan.py --no-time        # memory alone, which is quicker
     python scripts/measure_plan.py --out figures.json
 
-Each case runs in a process of its own: a model with random weights is written to a temporary folder, rows of random
-tokens are planned, the run's memory and time are predicted, and then its steps are made. Measured are the largest
-`mx.get_peak_memory()` of the steps, weights included, and the seconds of all steps, tracing included.
+For each case a model with random weights is written to a temporary folder and rows of random tokens are planned. One
+process predicts the run's memory and time, as `mlxpref plan` does; another then runs it. Measured are the
+largest `mx.get_peak_memory()`, weights included, and the seconds of the reference pass and all steps, tracing included.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ from mlxpref.config_layers import load_config
 from mlxpref.data.batching import collate_step
 from mlxpref.data.columns import available_columns
 from mlxpref.objectives import resolve_objective
-from mlxpref.planning.forecast import forecast, make_job
+from mlxpref.planning.forecast import Job, forecast, make_job
+from mlxpref.planning.plans import max_shapes
 from mlxpref.planning.timing import expected, measure
 from mlxpref.prepare import Prepared
 from mlxpref.records import Tokenized
+from mlxpref.reference import logps_pass
 from mlxpref.runs import RunFolder
 from mlxpref.tensors import Tensor, write_tensors
 
@@ -163,55 +165,74 @@ def config_of(case: Case, folder: Path) -> Config:
     return load_config(base=base, overrides=list(settings.items()))
 
 
-def one_case(name: str, *, timed: bool) -> dict[str, Any]:
-    """Predict, then run."""
-    case = CASES[name]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_model(folder, case.model)
-        config = config_of(case, folder)
-        machine, objective = backends.get(config.model.backend), resolve_objective(config.objective)
-        data = Prepared(rows_of(case, {**MODEL, **case.model}["vocab_size"]), (), None, {}, (), "")
-        assembly = Assembly(
-            config, objective, machine, RunFolder(folder), TrainCallback(), lambda: datetime.now(UTC), data
-        )
-        job = make_job(config, objective, data, device=machine.device_info())
-        found = forecast(job)
-        facts: dict[str, Any] = {"case": name, "predicted": found.training.total, "parts": dict(found.training.parts)}
-        if timed:
-            policy, step = assembly.policy_and_step(data)
-            with machine.set_memory_policy():
-                facts["predicted_seconds"] = expected(found, measure(job, found, machine, policy, step))
-            del policy, step
-        policy, step = assembly.policy_and_step(data)
-        facts |= _run(job, found.train, machine, step, whole=timed)
+def predict(name: str, folder: Path, *, timed: bool) -> dict[str, Any]:
+    """What ``mlxpref plan`` would say of a case whose model lies in a folder."""
+    assembly, job = _assembled(name, folder)
+    found = forecast(job)
+    facts: dict[str, Any] = {"case": name, "predicted": found.peak.total, "parts": dict(found.peak.parts)}
+    if timed:
+        policy, step = assembly.policy_and_step(job.data)
+        with assembly.machine.set_memory_policy():
+            facts["predicted_seconds"] = expected(found, measure(job, found, assembly.machine, policy, step))
     return facts
 
 
-def _run(job: Any, plan: Any, machine: Any, step: Any, *, whole: bool) -> dict[str, Any]:
-    """Make the steps; without time to be measured, only those of the largest shapes."""
-    rows, objective = job.data.train, job.objective
-    columns = objective.reads & (objective.from_data | available_columns(rows))
-    known = [[np.zeros(len(ids), np.float32) for _, ids in row.slots] for row in rows]
-    reference = known if job.has_reference_pass else None
-    steps = list(plan.steps)
+def make_steps(name: str, folder: Path, *, whole: bool) -> dict[str, Any]:
+    """Train a case, reference pass first; if not the whole of it, the steps of the largest shapes."""
+    assembly, job = _assembled(name, folder)
+    policy, step = assembly.policy_and_step(job.data)
+    found, machine, rows, objective = forecast(job), assembly.machine, job.data.train, job.objective
+    steps = list(found.train.steps)
     if not whole:
-        largest = set(plan.shapes[:2])
+        largest = set(found.train.shapes[:2])
         steps = ([step for step in steps if any(part.shape in largest for part in step)] or steps)[:3]
+    columns = objective.reads & (objective.from_data | available_columns(rows))
     with machine.set_memory_policy():
         began = time.perf_counter()
+        reference = _reference(assembly, job, policy, steps) if job.has_reference_pass else None
         for parts in steps:
             step(collate_step(rows, parts, reference, columns), 1e-5)
         seconds = time.perf_counter() - began
         return {"measured": int(machine.memory()["peak"] * 1e9), "seconds": seconds, "steps": len(steps)}
 
 
-def _in_a_process(name: str, timed: bool) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--case", name, *([] if timed else ["--no-time"])]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        return {"case": name, "error": ran.stderr.strip().splitlines()[-1:]}
-    return dict(json.loads(ran.stdout.splitlines()[-1]))
+def _reference(assembly: Assembly, job: Job, policy: Any, steps: Sequence[Any]) -> list[list[np.ndarray]]:
+    """Log-probs of the rows of these steps; of the others none."""
+    asked = sorted({row for parts in steps for part in parts for row in part.rows})
+    found: list[list[np.ndarray]] = [[] for _ in job.data.train]
+    computed = logps_pass(
+        [job.data.train[row] for row in asked], assembly.machine, policy,
+        reference=policy.fine_tune_type != "full", micro_batch_tokens=job.config.batching.budget,
+        max_shapes=max_shapes(job.config, 4, job.data.train),
+    )  # fmt: skip
+    for row, logps in computed:
+        found[asked[row]] = logps
+    return found
+
+
+def _assembled(name: str, folder: Path) -> tuple[Assembly, Job]:
+    case = CASES[name]
+    config = config_of(case, folder)
+    machine, objective = backends.get(config.model.backend), resolve_objective(config.objective)
+    data = Prepared(rows_of(case, {**MODEL, **case.model}["vocab_size"]), (), None, {}, (), "")
+    assembly = Assembly(config, objective, machine, RunFolder(folder), TrainCallback(), lambda: datetime.now(UTC), data)
+    return assembly, make_job(config, objective, data, device=machine.device_info())
+
+
+def one_case(name: str, *, timed: bool) -> dict[str, Any]:
+    """Predict, then run, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as temporary:
+        write_model(Path(temporary), CASES[name].model)
+        facts: dict[str, Any] = {"case": name}
+        for phase in ("predict", "run"):
+            command = [sys.executable, __file__, "--case", name, "--phase", phase, "--folder", temporary]
+            ran = subprocess.run(
+                [*command, *([] if timed else ["--no-time"])], capture_output=True, text=True, check=False
+            )
+            if ran.returncode:
+                return {"case": name, "error": ran.stderr.strip().splitlines()[-1:]}
+            facts |= json.loads(ran.stdout.splitlines()[-1])
+    return facts
 
 
 def _line(facts: Mapping[str, Any]) -> str:
@@ -220,7 +241,7 @@ def _line(facts: Mapping[str, Any]) -> str:
     ratio = facts["predicted"] / facts["measured"]
     line = f"{facts['case']:<18} {facts['predicted'] / 1e6:9.1f} {facts['measured'] / 1e6:9.1f} {ratio:6.2f}"
     if "predicted_seconds" in facts:
-        seconds = facts["predicted_seconds"]["all"] - facts["predicted_seconds"].get("reference pass", 0.0)
+        seconds = facts["predicted_seconds"]["all"]
         line += f" {seconds:9.1f} {facts['seconds']:9.1f} {seconds / facts['seconds']:6.2f}"
     return line
 
@@ -231,15 +252,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-time", action="store_true", help="memory alone")
     parser.add_argument("--parts", action="store_true", help="print the predicted parts, too")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    for hidden in ("--case", "--phase", "--folder"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.case:
-        print(json.dumps(one_case(given.case, timed=not given.no_time)))
+        folder, timed = Path(given.folder), not given.no_time
+        found = (
+            predict(given.case, folder, timed=timed)
+            if given.phase == "predict"
+            else make_steps(given.case, folder, whole=timed)
+        )
+        print(json.dumps(found))
         return
     print(f"{'case':<18} {'plan MB':>9} {'peak MB':>9} {'ratio':>6} {'plan s':>9} {'run s':>9} {'ratio':>6}")
     everything = []
     for name in given.only or CASES:
-        facts = _in_a_process(name, not given.no_time)
+        facts = one_case(name, timed=not given.no_time)
         everything.append(facts)
         print(_line(facts), flush=True)
         if given.parts:

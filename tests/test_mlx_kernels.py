@@ -56,7 +56,7 @@ def test_gated_units_and_their_slopes() -> None:
 
 
 def test_every_gated_mlp_is_found(tiny_model_dir: Path) -> None:
-    """A model whose MLPs go on calling mlx-lm's function: it keeps four wide arrays for the gradient, ours two."""
+    """A model whose MLPs go on calling mlx-lm's function: it keeps four wide arrays for the gradient, ours fewer."""
     from mlxpref import mlx_backend
 
     sites = mlx_backend.load_policy(str(tiny_model_dir)).network.sites
@@ -280,3 +280,83 @@ def test_nothing_stays_replaced(adapted: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError), kernels.in_place(sites, differentiate=True), nested:
         raise RuntimeError
     assert names() == before
+
+
+# --- what the compiled backward pass keeps ---
+
+
+def peak_of(function: Callable[..., Any], *given: Any) -> int:
+    """Bytes above what is held at rest, of a compiled value and gradient towards the first argument."""
+    import mlx.core as mx
+
+    run = mx.compile(mx.value_and_grad(function))
+    mx.eval(given)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(run(*given))
+    return mx.get_peak_memory() - before
+
+
+def test_dequantised_matrices_are_not_kept() -> None:
+    """mx.compile merges what both passes write alike: a 4-bit model would be held at full width during each step."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlxpref.mlx_backend import dequantised
+
+    def peak(n: int) -> int:
+        layers = [nn.QuantizedLinear(512, 512, bias=False, group_size=64, bits=4) for _ in range(n)]
+        mx.eval([layer.parameters() for layer in layers])
+
+        def loss(x: mx.array) -> mx.array:
+            for layer in layers:
+                x = dequantised.linear(layer, x)
+            return x.sum()
+
+        return peak_of(loss, mx.ones((32, 512)))
+
+    assert peak(64) - peak(40) < 6 * 512 * 512 * 4
+
+
+def test_gated_units_keep_three_arrays() -> None:
+    """The product of gate and sigmoid kept beside them, where both passes write it alike."""
+    import mlx.core as mx
+
+    from mlxpref.mlx_backend.elementwise import swiglu
+
+    frozen = mx.random.normal((2, 128, 128)) / 12
+
+    def peak(n: int) -> int:
+        def loss(x: mx.array) -> mx.array:
+            for _ in range(n):
+                x = swiglu(x @ frozen[0], x @ frozen[1])
+            return x.sum()
+
+        return peak_of(loss, mx.random.normal((2048, 128)))
+
+    assert (peak(40) - peak(20)) / 20 < 3.5 * 2048 * 128 * 4
+
+
+def test_the_heads_chunks_leave_nothing_behind() -> None:
+    """An array of all rows for each chunk: the slopes of slices, padded with zeros and added up."""
+    from types import SimpleNamespace
+
+    import mlx.core as mx
+
+    from mlxpref.mlx_backend import logps
+
+    matrix = mx.random.normal((128, 65536))
+    network = SimpleNamespace(vocabulary=65536, head=lambda h: h @ matrix, own_kernels=True, outer=())
+
+    def peak(n: int, statistics: tuple[str, ...]) -> int:
+        targets, weights = mx.zeros((n,), mx.int32), mx.arange(n)
+
+        def loss(hidden: mx.array) -> mx.array:
+            found = logps._chunked(network, hidden * 2, targets, True, statistics, None)
+            return sum((values * weights).sum() for values in found)
+
+        return peak_of(loss, mx.random.normal((n, 128)))
+
+    for statistics in ((), ("overlap",)):
+        assert peak(2048, statistics) - peak(1024, statistics) < 12 * 1024 * 128 * 4, statistics

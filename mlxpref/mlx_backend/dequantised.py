@@ -22,19 +22,21 @@ def linear(module: nn.QuantizedLinear, x: mx.array) -> mx.array:
         return _stock(module, x)
     optional = [module[name] for name in ("biases",) if module.get(name) is not None]
 
-    def whole(scales: mx.array, *biases: mx.array) -> mx.array:
+    def whole(parts: list[mx.array], after: mx.array) -> mx.array:
+        # mx.compile would make it, or its integers, once for all calls and passes of a step, and keep them meanwhile.
+        weight, scales, *biases = mx.depends([module.weight, *parts], [after])
         return mx.dequantize(
-            module.weight, scales, *biases, group_size=module.group_size, bits=module.bits, mode=module.mode
+            weight, scales, *biases, group_size=module.group_size, bits=module.bits, mode=module.mode
         ).astype(x.dtype)
 
     @mx.custom_function
     def product(x: mx.array, *parts: mx.array) -> mx.array:
-        return x @ whole(*parts).T
+        return x @ whole(list(parts), x).T
 
     @product.vjp
     def product_vjp(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, ...]:
         _, *parts = primals
-        return cotangent @ whole(*parts), *(mx.zeros_like(part) for part in parts)
+        return cotangent @ whole(parts, cotangent), *(mx.zeros_like(part) for part in parts)
 
     y = product(x, module.scales, *optional)
     return y + module.bias if "bias" in module else y

@@ -70,15 +70,16 @@ def picked_logps(logits: mx.array, targets: mx.array) -> mx.array:
 
 @mx.custom_function
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) · x; the backward pass makes the sigmoid again and keeps nothing but the two."""
+    """silu(gate) · x; kept for the backward pass are the two and, on the CPU, the sigmoid."""
     return gate * _sigmoid(gate) * x
 
 
 @swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, mx.array]:
     gate, x = primals
-    s = _sigmoid(gate)
-    return cotangent * x * (s * (1 + gate * (1 - s))), cotangent * (gate * s)
+    # What both passes write alike mx.compile makes once and keeps: the sigmoid on a CPU, but never gate · s.
+    s = _sigmoid(gate if on_cpu() else mx.depends([gate], [cotangent])[0])
+    return cotangent * x * (s * (1 + gate * (1 - s))), cotangent * (s * gate)
 
 
 def _sigmoid(x: mx.array) -> mx.array:

@@ -207,12 +207,12 @@ def _chunked(
     bounds = _bounds(hidden.shape[0], head_rows(network.vocabulary, on_cpu=on_cpu()))
     if statistics:
         return _with_statistics(network, hidden, targets, differentiate, statistics, other, bounds)
-    if differentiate and network.outer:
-        return [_recomputed(network, hidden, targets, bounds)]
-    score = _unit_vjp if differentiate else _row_logps
+    if differentiate:
+        computed = _recomputed if network.outer else _with_slopes
+        return [computed(network, hidden, targets, bounds)]
     results: list[mx.array] = []
     for start, end in bounds:
-        results.append(score(network, _after(hidden[start:end], results[-1:]), targets[start:end]))
+        results.append(_row_logps(network, _after(hidden[start:end], results[-1:]), targets[start:end]))
     return [mx.concatenate(results)]
 
 
@@ -228,16 +228,29 @@ def _with_statistics(
     """Log-probs and statistics of all rows; a chunk's logits are made again in the backward pass."""
     if differentiate and network.outer:
         return _plain_statistics(network, hidden, targets, statistics, other)
-    results: list[list[mx.array]] = []
-    for start, end in bounds:
-        beside = hidden[start:end] if other is None else other[start:end]
-        chunk = _after(hidden[start:end], results[-1][:1] if results else [])
 
-        def values(h: mx.array, wanted: mx.array = targets[start:end], beside: mx.array = beside) -> list[mx.array]:
-            return _plain_statistics(network, h, wanted, statistics, beside)
+    def of_chunk(a: int, b: int, chunk: mx.array, targets: mx.array, other: Sequence[mx.array]) -> list[mx.array]:
+        return _plain_statistics(network, chunk, targets[a:b], statistics, other[0][a:b] if other else None)
 
-        results.append(mx.checkpoint(values)(chunk) if differentiate else values(chunk))
-    return [mx.concatenate(list(parts)) for parts in zip(*results, strict=True)]
+    @mx.custom_function
+    def whole(hidden: mx.array, targets: mx.array, *other: mx.array) -> tuple[mx.array, ...]:
+        results: list[list[mx.array]] = []
+        for a, b in bounds:
+            chunk = _after(hidden[a:b], results[-1] if results else [])
+            results.append(of_chunk(a, b, chunk, targets, other))
+        return tuple(mx.concatenate(list(parts)) for parts in zip(*results, strict=True))
+
+    @whole.vjp
+    def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        hidden, targets, *other = primals
+        slopes: list[mx.array] = []
+        for a, b in bounds:
+            again = partial(of_chunk, a, b, targets=targets, other=other)
+            _, found = mx.vjp(again, [_after(hidden[a:b], slopes[-1:])], [slope[a:b] for slope in cotangents])
+            slopes.append(found[0])
+        return mx.concatenate(slopes), *(mx.zeros_like(value) for value in (targets, *other))
+
+    return list(whole(hidden, targets, *([] if other is None else [other])))
 
 
 def _plain_statistics(
@@ -268,24 +281,32 @@ def _after(chunk: mx.array, before: list[mx.array]) -> mx.array:
     return mx.depends([chunk], before)[0] if before else chunk
 
 
-def _unit_vjp(network: Network, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Log-probs whose gradient towards ``hidden`` was computed along with them.
+def _with_slopes(
+    network: Network, hidden: mx.array, targets: mx.array, bounds: Sequence[tuple[int, int]]
+) -> mx.array:
+    """Log-probs of all rows whose gradient towards ``hidden`` was computed along with them.
 
     For heads without trainable parameters: nothing else receives a gradient.
     """
 
     @mx.custom_function
-    def both(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        ones = mx.ones((hidden.shape[0],), mx.float32)
-        logps, slopes = mx.vjp(lambda h: _row_logps(network, h, targets), [hidden], [ones])
-        return logps[0], slopes[0]
+    def whole(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        logps: list[mx.array] = []
+        slopes: list[mx.array] = []
+        for start, end in bounds:
+            chunk = _after(hidden[start:end], [*logps[-1:], *slopes[-1:]])
+            score = partial(_row_logps, network, targets=targets[start:end])
+            values, found = mx.vjp(score, [chunk], [mx.ones((end - start,), mx.float32)])
+            logps.append(values[0])
+            slopes.append(found[0])
+        return mx.concatenate(logps), mx.concatenate(slopes)
 
-    @both.vjp
-    def both_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    @whole.vjp
+    def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
         slope = cotangents[0][:, None] * outputs[1].astype(mx.float32)
         return slope.astype(primals[0].dtype), mx.zeros_like(primals[1])
 
-    return both(hidden, targets)[0]
+    return whole(hidden, targets)[0]
 
 
 def _recomputed(

@@ -17,21 +17,21 @@ from mlxpref.planning.attention import scores
 from mlxpref.planning.dims import Dims, Matrix
 from mlxpref.steps import head_rows
 
-MLP_KEPT, SWIGLU_KEPT = 4, 2
+MLP_KEPT, SWIGLU_KEPT, SWIGLU_KEPT_ON_CPU = 4, 2, 3
 """Arrays of the inner width that the MLP's product keeps: gate, up, the gate's sigmoid and the activated gate; of a
-gate through SiLU the first two. Its result is an input of the next module."""
+gate through SiLU the first two, on a CPU three. Its result is an input of the next module."""
 
 HEAD_ARRAYS, HEAD_MOST = 8, 25
 """Arrays of (scored rows x vocabulary) that the head has at once; and of a chunk's size, however many chunks there
 are. Buffers are given out some tasks ahead of the computation, so those of several chunks are alive together."""
 
-HEAD_HIDDEN = 8
-"""Arrays of (scored rows x hidden) beside the head: the last norm's input and output, the rows picked, their slopes."""
+HEAD_HIDDEN = 3
+"""Arrays of (scored rows x hidden) beside the head: the last norm's output, the rows picked, their slopes."""
 
 BACKWARD_HIDDEN, BACKWARD_INNER, BACKWARD_QUERIES = 6, 4, 4
 """Arrays of each width that the backward pass of one layer has at once, beside what was kept."""
 
-CHECKPOINTED_LAYERS = 2
+CHECKPOINTED_LAYERS = 1.5
 """Layers that are made again at once: the next begins while what the last one left is still there."""
 
 FORWARD_LAYERS = 1.0
@@ -188,7 +188,7 @@ def _activations(dims: Dims, trained: Trained, shape: Shape) -> dict[str, int]:
         between = max(of_rows + served, of_prompts)
         scored = 0
         layer = _backward(dims, trained, shape) + attention.working + dims.width * between + attention.kept
-        working = CHECKPOINTED_LAYERS * layer
+        working = int(CHECKPOINTED_LAYERS * layer)
     head = _head(dims, shape, trained.on_cpu)
     parts = {
         "kept for the backward pass": dims.width * whole,
@@ -209,7 +209,8 @@ def _kept(dims: Dims, trained: Trained, layer: int) -> int:
     numbers = dims.norms * dims.hidden + sum(inputs.values())
     numbers += dims.queries + 2 * dims.keys + (dims.queries + dims.keys if dims.head_norms else 0)
     numbers += dims.queries if trained.blocks else 0  # attention's result, in its own layout
-    numbers += (SWIGLU_KEPT if dims.swiglu else MLP_KEPT) * dims.inner * dims.experts
+    swiglu = SWIGLU_KEPT_ON_CPU if trained.on_cpu else SWIGLU_KEPT
+    numbers += (swiglu if dims.swiglu else MLP_KEPT) * dims.inner * dims.experts
     if dims.experts > 1:
         numbers += 2 * dims.experts * dims.hidden  # each expert's input and output
     narrow = [trained.rank * (dims.experts if matrix.copies > 1 else 1) for matrix in adapted]

@@ -22,7 +22,7 @@ from mlxpref.data.plan import Plan
 from mlxpref.data.shapes import Shape
 from mlxpref.planning.forecast import Forecast, Job, distinct
 from mlxpref.planning.plans import visited
-from mlxpref.records import Batch, Tokenized
+from mlxpref.records import Batch, MicroBatch, Tokenized
 
 N_SHAPES = 5
 """Shapes that are timed with gradients; of those without, fewer."""
@@ -141,12 +141,17 @@ def measure(
         asked = distinct([*asked, *(job.data.valid[i] for i in visited(found.valid))])
     total = len(chosen) + len(forward)
     trained: list[tuple[Shape, float, float]] = []
+    update = 0.0
     for part in chosen:
         if len(trained) >= 2 and clock() - began > PATIENCE:
             break
-        trained.append((part.shape, *_timed(partial(_updated, job, step, part), clock)))
+        own = _micro_batch(job, machine, policy, part)
+        trained.append((part.shape, *_timed(partial(_update, step, (own,), part), clock)))
         on_progress("timing", len(trained), total)
-    update = _update_seconds(job, step, chosen[-1], trained, clock) if _accumulates(found) else 0.0
+        if part is chosen[-1] and _accumulates(found):
+            # An update alone: what two micro-batches in one step take less than two steps.
+            both, _ = _timed(partial(_update, step, (own, own), part), clock)
+            update = max(0.0, 2 * trained[-1][1] - both)
     read: list[tuple[Shape, float, float]] = []
     for part in forward:
         if len(read) >= 1 and clock() - began > 1.5 * PATIENCE:
@@ -185,34 +190,37 @@ def _timed(call: Callable[[], None], clock: Callable[[], float]) -> tuple[float,
     return best, max(0.0, seconds[0] - best)
 
 
-def _updated(job: Job, step: Any, part: PlannedPart, times: int = 1) -> None:
-    """One update with a learning rate of 0 from this part, so many times."""
+def _micro_batch(job: Job, machine: Any, policy: Any, part: PlannedPart) -> MicroBatch:
+    """A part as the run's first update has it: the policy is still its own reference.
+
+    With other log-probs margins may be so wide that the slopes are too small for normal numbers, which are many times
+    slower on a CPU.
+    """
     rows, objective = job.data.train, job.objective
     columns = objective.reads & (objective.from_data | available_columns(rows))
     own = [rows[index] for index in part.rows]
-    known = [[np.zeros(len(ids), np.float32) for _, ids in row.slots] for row in own]
-    local = PlannedPart(tuple(range(len(own))), part.shape)
-    one = collate(own, local, known if job.has_reference_pass else None, columns)
-    step(Batch((one,) * times, (part.rows,) * times), 0.0)
+    one = collate(own, PlannedPart(tuple(range(len(own))), part.shape), None, columns)
+    if not job.has_reference_pass:
+        return one
+    return one._replace(reference=_token_logps(machine, policy, one))
+
+
+def _update(step: Any, micro_batches: tuple[MicroBatch, ...], part: PlannedPart) -> None:
+    """One update with a learning rate of 0."""
+    step(Batch(micro_batches, (part.rows,) * len(micro_batches)), 0.0)
 
 
 def _passed(rows: Sequence[Tokenized], machine: Any, policy: Any, part: PlannedPart) -> None:
-    machine.token_logps(policy, collate(rows, part), reference=policy.fine_tune_type != "full")
+    _token_logps(machine, policy, collate(rows, part))
+
+
+def _token_logps(machine: Any, policy: Any, micro_batch: MicroBatch) -> np.ndarray:
+    """Of the reference, which of a full fine-tune is the policy before its first update."""
+    return np.asarray(machine.token_logps(policy, micro_batch, reference=policy.fine_tune_type != "full").tokens)
 
 
 def _accumulates(found: Forecast) -> bool:
     return any(len(step) > 1 for step in found.train.steps)
-
-
-def _update_seconds(
-    job: Job, step: Any, part: PlannedPart, trained: Sequence[tuple[Shape, float, float]], clock: Callable[[], float]
-) -> float:
-    """Seconds of an update alone: what two micro-batches in one step take less than two steps."""
-    alone = next((seconds for shape, seconds, _ in trained if shape == part.shape), None)
-    if alone is None:
-        return 0.0
-    both, _ = _timed(partial(_updated, job, step, part, 2), clock)
-    return max(0.0, 2 * alone - both)
 
 
 def _rates(timed: Sequence[tuple[Shape, float, float]], update: float) -> Rates:
