@@ -20,6 +20,7 @@ from mlxpref.data.shapes import Shape
 from mlxpref.planning import attention
 from mlxpref.planning.dims import read_dims
 from mlxpref.planning.forecast import trained_of
+from mlxpref.planning.graphs import graph_bytes
 from mlxpref.planning.memory import Trained, training_peak
 
 # --- sizes of a model ------------------------------------------------------------------------------
@@ -166,3 +167,49 @@ def test_a_vocabulary_costs_its_head_a_bounded_chunk(make_model_dir: Callable[..
         return training_peak(dims, trained, [large], accumulated=False).total - dims.weights
 
     assert beside_weights(64_000) < 1.1 * beside_weights(16_000)
+
+
+HELD_BY_GRAPHS = """
+import ctypes, gc, sys
+from pathlib import Path
+import mlx.core as mx
+import numpy as np
+from mlxpref import backends
+from mlxpref.data.batching import collate_step
+from mlxpref.data.parts import PlannedPart
+from mlxpref.data.shapes import Shape
+from mlxpref.objectives import resolve_objective
+from mlxpref.records import Tokenized
+
+def held():
+    gc.collect()
+    mx.clear_cache()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+machine = backends.get("mlx")
+policy = machine.load_policy(sys.argv[1], num_layers=-1)
+step = machine.make_step(policy, resolve_objective({"name": "dpo"}))
+ids = np.arange(2, 203, dtype=np.int32)
+row, known, sizes = Tokenized(ids[:65], (ids[:190], ids[:190]), "0"), [[np.zeros(190, np.float32)] * 2], []
+for length in (200, 208, 216, 224, 232, 240):
+    part = PlannedPart((0,), Shape(n=1, prompt=64, rows=(length, length), scored=512, responses=2))
+    step(collate_step([row], [part], known, step.objective.reads & {"reference"}), 0.0)
+    sizes.append(held())
+print(sizes[-1] - sizes[1])
+"""
+
+
+@pytest.mark.mlx
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_compiled_graph_is_held_as_large_as_predicted(make_model_dir: Callable[..., Path]) -> None:
+    """Finds graphs counted for a few layers only, or several times. Half and twice are near enough."""
+    folder = make_model_dir(num_hidden_layers=12)
+    ran = subprocess.run(
+        [sys.executable, "-c", HELD_BY_GRAPHS, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    dims, shape = read_dims(folder, dtype="float32"), Shape(n=1, prompt=64, rows=(232, 232), scored=512, responses=2)
+    predicted = graph_bytes(dims, Trained("lora", 12, 8), shape, differentiate=True)
+    assert 0.5 < int(ran.stdout.split()[-1]) / (4 * predicted) < 2
+    assert graph_bytes(dims, Trained("lora", 12, 8, on_cpu=False), shape, differentiate=True) == 0

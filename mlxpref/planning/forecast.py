@@ -15,13 +15,14 @@ from mlxpref.hub import model_folder
 from mlxpref.objectives import Objective
 from mlxpref.planning import plans
 from mlxpref.planning.dims import Dims, read_dims
+from mlxpref.planning.graphs import graph_bytes
 from mlxpref.planning.memory import Peak, Trained, pass_peak, training_peak
 from mlxpref.prepare import Prepared
 from mlxpref.records import Tokenized
 from mlxpref.reference import row_keys
 
 PROGRAM_BYTES = 600_000_000
-"""Python with its libraries, tokenizer and compiled functions."""
+"""Python with its libraries and tokenizer."""
 
 ROW_BYTES = 2_000
 """Of a row's objects, besides its tokens."""
@@ -156,8 +157,16 @@ def forecast(job: Job, *, tokens: int | None = None, rows: Sequence[Tokenized] |
         n_evaluations=plans.n_evaluations(every, len(train.steps)),
         training=training_peak(job.dims, job.trained, train.shapes, accumulated=most > 1),
         passes=pass_peak(job.dims, job.trained, passes, "evaluation" if reference is None else "reference pass"),
-        host=_host([*train_rows, *data.valid], asked if job.has_reference_pass else []),
+        host={
+            **_host([*train_rows, *data.valid], asked if job.has_reference_pass else []),
+            "compiled graphs": _graphs(job, train.shapes, passes),
+        },
     )
+
+
+def _graphs(job: Job, train: Sequence[Shape], passes: Sequence[Shape]) -> int:
+    trained = sum(graph_bytes(job.dims, job.trained, shape, differentiate=True) for shape in train)
+    return trained + sum(graph_bytes(job.dims, job.trained, shape, differentiate=False) for shape in passes)
 
 
 def distinct(rows: Sequence[Tokenized]) -> list[Tokenized]:
