@@ -1,7 +1,7 @@
 """Host memory that compiled graphs hold: on a CPU one node for each operation of each shape, from its first call on.
 
 Found by the growth of the process from shape to shape, with 4, 8 and 16 layers, 4 and all of 16 differentiated, rows of
-200 to 1,727 tokens, pairs and lists of four. On a GPU attention and other fused operations are one node each, which is not counted.
+200 to 1,727 tokens, pairs and lists of four. On a GPU fused operations are one node each; those are not counted.
 """
 
 from __future__ import annotations
