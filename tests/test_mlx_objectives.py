@@ -199,10 +199,15 @@ def test_overlap_and_token_kl_are_those_of_the_whole_distributions(
                 assert not np.array(found["token_kl"])[b, s, n:].any()
 
 
-def test_token_kl_pulls_the_policy_to_the_reference(policy: Any) -> None:
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_token_kl_pulls_the_policy_to_the_reference(
+    policy: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its gradient, by central differences of the loss along a random direction of the weights."""
     from mlxpref import mlx_backend
+    from mlxpref.mlx_backend import logps
 
+    monkeypatch.setattr(logps, "head_rows", lambda vocabulary, on_cpu: chunk)
     objective = resolve_objective({"name": "experimental_mapo", "beta": 1.0})
     batch = batch_of(policy, rows_with_everything(4), objective, [[0, 1, 2, 3]])
     gradients, report, _ = update_of(policy, objective, batch)
@@ -216,6 +221,21 @@ def test_token_kl_pulls_the_policy_to_the_reference(policy: Any) -> None:
     policy.set_masters(held)
     assert along == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=2e-3)
     assert report.loss != pytest.approx(ends[0], abs=1e-7)
+
+
+def test_weights_by_overlap_have_the_gradient_of_their_loss(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WPO over many chunks of the head, against one chunk; the weights themselves are constants."""
+    from mlxpref.mlx_backend import logps
+
+    objective = resolve_objective({"name": "dpo", "weighting": "wpo"})
+    batch, found = batch_of(policy, rows_with_everything(4), objective, [[0, 1, 2, 3]]), []
+    for chunk in (3, 512):
+        monkeypatch.setattr(logps, "head_rows", lambda vocabulary, on_cpu, chunk=chunk: chunk)
+        found.append(update_of(policy, objective, batch)[:2])
+    assert found[0][1].loss == pytest.approx(found[1][1].loss, rel=1e-6)
+    for name, slope in found[1][0].items():
+        assert slope.any()
+        np.testing.assert_allclose(found[0][0][name], slope, rtol=1e-4, atol=1e-7)
 
 
 def mx_array(values: np.ndarray) -> Any:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_backend
@@ -26,7 +27,7 @@ from mlxpref.data.shapes import Shape
 from mlxpref.errors import ConfigError, RunError, UsageError
 from mlxpref.objectives import resolve_objective
 from mlxpref.planning import budget, machine, plans, remedies, timing
-from mlxpref.planning.forecast import Job, forecast, make_job
+from mlxpref.planning.forecast import GRAPHS, Job, forecast, make_job
 from mlxpref.prepare import prepare
 from mlxpref.train import train
 
@@ -64,9 +65,11 @@ def configure(tmp_path: Path, pairs: Path, tiny_model_dir: Path) -> Callable[...
     return lambda **settings: load_config(base=base, overrides=list(settings.items()))
 
 
-def job_of(config: Config, kind: str = "cpu") -> Job:
+def job_of(config: Config, **device: Any) -> Job:
+    """As on a CPU, by MLX."""
     objective = resolve_objective(config.objective)
-    return make_job(config, objective, prepare(config, needs=objective.needs), device={"kind": kind})
+    data = prepare(config, needs=objective.needs)
+    return make_job(config, objective, data, device={"kind": "cpu", "backend": "mlx", **device})
 
 
 # --- plans and peaks ------------------------------------------------------------------------------
@@ -138,7 +141,59 @@ def test_nothing_is_offered_where_nothing_helps(configure: Any) -> None:
 def test_the_largest_budget_is_found(limit: int) -> None:
     """Witness: look at all of them."""
     wanted = max((size for size in budget.SIZES if size <= limit), default=None)
-    assert budget.largest_that_fits(lambda size: size <= limit) == wanted
+    found = budget.bisected(lambda size: size <= limit, budget.SIZES)
+    assert (budget.SIZES[found - 1] if found else None) == wanted
+
+
+@pytest.mark.parametrize(("kind", "backend", "counted"), [("cpu", "mlx", 1), ("cpu", "torch", 0), ("metal", "mlx", 0)])
+def test_graphs_take_memory_where_mlx_computes_on_a_cpu(configure: Any, kind: str, backend: str, counted: int) -> None:
+    job = job_of(configure(), kind=kind, backend=backend)
+    assert list(forecast(job).host).count("compiled graphs") == counted
+
+
+def test_smaller_budgets_may_need_more(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds a search that takes memory to grow with the budget, and so finds none that fits, though large ones do."""
+    job = job_of(configure())
+    monkeypatch.setattr("mlxpref.planning.forecast._graphs", lambda job, train, passes: {GRAPHS: GB * len(train)})
+    fits = {size: forecast(job, tokens=size).total for size in budget.SIZES}
+    room = machine.Memory(int(min(fits.values()) / machine.SAFE_SHARE) + 1, "given")
+    wanted = max(size for size, total in fits.items() if total <= room.usable)
+    found = budget.largest_that_fits(job, room)
+    assert found is not None and found.tokens == wanted and fits[512] > room.usable
+
+
+def test_fewer_shapes_are_offered_where_graphs_are_what_does_not_fit(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxpref.planning.forecast.graph_bytes", lambda *a, **b: GB)
+    job = job_of(configure())
+    found = forecast(job)
+    room = machine.Memory(int((found.total - 1) / machine.SAFE_SHARE), "given")
+    settings = {key: value for one in remedies.remedies(job, found, room) for key, value in one.settings}
+    assert forecast(job_of(configure(**{"batching.max_shapes": settings["batching.max_shapes"]}))).total <= room.usable
+    on_gpu = job_of(configure(), kind="metal")
+    offered = remedies.remedies(on_gpu, forecast(on_gpu), machine.Memory(6 * 10**8, "given"))
+    assert "batching.max_shapes" not in {key for one in offered for key, _ in one.settings}
+
+
+# --- what is timed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_is_timed_starts_from_margins_of_zero(configure: Any, kind: str) -> None:
+    """With other log-probs of the reference margins are so wide that slopes are denormal, and slow on a CPU."""
+    job, asked, seen = job_of(configure()), [], []
+
+    def token_logps(policy: Any, micro_batch: Any, *, reference: bool) -> Any:
+        asked.append(reference)
+        return SimpleNamespace(tokens=-1.5 * micro_batch.mask)
+
+    backend = SimpleNamespace(token_logps=token_logps, memory=lambda: {"peak": 0.0})
+    policy = SimpleNamespace(fine_tune_type=kind, share_prompts=True)
+    timing.measure(job, forecast(job), backend, policy, lambda batch, rate: seen.append((batch, rate)))
+    assert {rate for _, rate in seen} == {0.0} and set(asked) == {kind == "lora"}
+    for part in (part for batch, _ in seen for part in batch.parts):
+        np.testing.assert_array_equal(part.reference, -1.5 * part.mask)
 
 
 # --- sizes that people write -----------------------------------------------------------------------
@@ -225,7 +280,7 @@ def recorded(config: Config) -> Any:
 
 def test_auto_is_the_most_that_fits_and_is_written_down_as_a_number(configure: Any, room: Any) -> None:
     config = configure(**{"batching.micro_batch_tokens": "auto"})
-    job = job_of(config)
+    job = job_of(config, **fake_backend.device_info())
     middle = forecast(job, tokens=832).total / machine.SAFE_SHARE / GB
     room(middle + 1e-6)
     train(config, backend=fake_backend)
@@ -238,7 +293,7 @@ def test_auto_is_the_most_that_fits_and_is_written_down_as_a_number(configure: A
 def test_a_resumed_run_keeps_its_number_on_a_machine_with_other_memory(configure: Any, room: Any) -> None:
     """Finds a run that goes on in other micro-batches than it began with."""
     config = configure(**{"batching.micro_batch_tokens": "auto"})
-    small = forecast(job_of(config), tokens=512).total / machine.SAFE_SHARE / GB
+    small = forecast(job_of(config, **fake_backend.device_info()), tokens=512).total / machine.SAFE_SHARE / GB
     room(small + 1e-4)
     train(config, backend=fake_backend)
     number, before = recorded(config), (Path(config.output.adapter_path) / "adapters.safetensors").read_bytes()

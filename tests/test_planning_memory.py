@@ -170,7 +170,7 @@ def test_a_vocabulary_costs_its_head_a_bounded_chunk(make_model_dir: Callable[..
 
 
 HELD_BY_GRAPHS = """
-import ctypes, gc, sys
+import ctypes, gc, resource, sys
 from pathlib import Path
 import mlx.core as mx
 import numpy as np
@@ -185,7 +185,7 @@ def held():
     gc.collect()
     mx.clear_cache()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 machine = backends.get("mlx")
 policy = machine.load_policy(sys.argv[1], num_layers=-1)
@@ -204,6 +204,9 @@ print(sizes[-1] - sizes[1])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_compiled_graph_is_held_as_large_as_predicted(make_model_dir: Callable[..., Path]) -> None:
     """Finds graphs counted for a few layers only, or several times. Half and twice are near enough."""
+    mx = pytest.importorskip("mlx.core")
+    if mx.default_device() == mx.gpu:
+        pytest.skip("on a GPU fused operations are one node each, and are not counted")
     folder = make_model_dir(num_hidden_layers=12)
     ran = subprocess.run(
         [sys.executable, "-c", HELD_BY_GRAPHS, str(folder)], capture_output=True, text=True, check=False
@@ -212,4 +215,3 @@ def test_a_compiled_graph_is_held_as_large_as_predicted(make_model_dir: Callable
     dims, shape = read_dims(folder, dtype="float32"), Shape(n=1, prompt=64, rows=(232, 232), scored=512, responses=2)
     predicted = graph_bytes(dims, Trained("lora", 12, 8), shape, differentiate=True)
     assert 0.5 < int(ran.stdout.split()[-1]) / (4 * predicted) < 2
-    assert graph_bytes(dims, Trained("lora", 12, 8, on_cpu=False), shape, differentiate=True) == 0

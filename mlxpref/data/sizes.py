@@ -54,6 +54,13 @@ def measure(rows: Sequence[Tokenized]) -> Sizes:
     return Sizes(np.array(prompts, np.int64), responses, scored, lengths, names)
 
 
+def taken(sizes: Sizes, places: Sequence[int]) -> Sizes:
+    """The sizes of some of the rows."""
+    at = np.asarray(places, np.int64)
+    arrays = (sizes.prompts[at], sizes.responses[at], sizes.scored[at], sizes.lengths[at])
+    return Sizes(*arrays, [sizes.names[place] for place in places])
+
+
 def joined(parts: Sequence[Sizes]) -> Sizes:
     """The sizes of several lots of rows, one after the other."""
     widest = max((part.lengths.shape[1] for part in parts), default=0)

@@ -83,7 +83,9 @@ def causal_attention(
         held, sums = list(outputs[1:]), _Sums()
         query_slopes: list[mx.array] = []
         for block in blocks:
-            q = _after(_grouped(queries, block, groups) * scale, [*query_slopes[-1:], *sums.found])
+            # The first block waits, too: mx.compile would merge its scores with the forward pass's, and keep those.
+            before = [*query_slopes[-1:], *sums.found] or [cotangents[0]]
+            q = _after(_grouped(queries, block, groups) * scale, before)
             slope = _grouped(cotangents[0], block, groups)
             inner = _dots(slope, _grouped(outputs[0], block, groups))
             if kept:

@@ -22,8 +22,8 @@ def linear(module: nn.QuantizedLinear, x: mx.array) -> mx.array:
         return _stock(module, x)
     optional = [module[name] for name in ("biases",) if module.get(name) is not None]
 
-    def whole(parts: list[mx.array], after: mx.array) -> mx.array:
-        # mx.compile would make it, or its integers, once for all calls and passes of a step, and keep them meanwhile.
+    def dequantised(parts: list[mx.array], after: mx.array) -> mx.array:
+        # Each call and pass waits for an array of its own: equal ones mx.compile merges, and keeps what they make.
         weight, scales, *biases = mx.depends([module.weight, *parts], [after])
         return mx.dequantize(
             weight, scales, *biases, group_size=module.group_size, bits=module.bits, mode=module.mode
@@ -31,12 +31,12 @@ def linear(module: nn.QuantizedLinear, x: mx.array) -> mx.array:
 
     @mx.custom_function
     def product(x: mx.array, *parts: mx.array) -> mx.array:
-        return x @ whole(list(parts), x).T
+        return x @ dequantised(list(parts), x).T
 
     @product.vjp
     def product_vjp(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, ...]:
         _, *parts = primals
-        return cotangent @ whole(parts, cotangent), *(mx.zeros_like(part) for part in parts)
+        return cotangent @ dequantised(parts, cotangent), *(mx.zeros_like(part) for part in parts)
 
     y = product(x, module.scales, *optional)
     return y + module.bias if "bias" in module else y

@@ -77,7 +77,8 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 @swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, mx.array]:
     gate, x = primals
-    # What both passes write alike mx.compile makes once and keeps: the sigmoid on a CPU, but never gate · s.
+    # What both passes write alike mx.compile makes once and keeps: on a CPU the sigmoid, on purpose. The product with
+    # the gate would be kept, too, were it written gate * s as above.
     s = _sigmoid(gate if on_cpu() else mx.depends([gate], [cotangent])[0])
     return cotangent * x * (s * (1 + gate * (1 - s))), cotangent * (s * gate)
 

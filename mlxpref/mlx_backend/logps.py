@@ -19,7 +19,7 @@ chunk, so soft-caps, scales, tied and quantised heads need no case of their own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -205,58 +205,45 @@ def _chunked(
 ) -> list[mx.array]:
     """(N,) log-probs of all rows, then each statistic, chunk after chunk."""
     bounds = _bounds(hidden.shape[0], head_rows(network.vocabulary, on_cpu=on_cpu()))
-    if statistics:
-        return _with_statistics(network, hidden, targets, differentiate, statistics, other, bounds)
-    if differentiate:
-        computed = _recomputed if network.outer else _with_slopes
-        return [computed(network, hidden, targets, bounds)]
-    results: list[mx.array] = []
+    given = (hidden, targets) if other is None else (hidden, targets, other)
+    score = partial(_row_values, network, statistics)
+    if not differentiate:
+        return _one_after_another(bounds, given, score)
+    if network.outer or "token_kl" in statistics:
+        return _recomputed(network, score, bounds, given)
+    return _with_slopes(score, len(statistics), bounds, given)
+
+
+def _bounds(n: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _one_after_another(
+    bounds: Sequence[tuple[int, int]], given: Sequence[mx.array], score: Callable[..., list[mx.array]]
+) -> list[mx.array]:
+    """What ``score`` makes of each chunk of the given rows, put together."""
+    results: list[list[mx.array]] = []
     for start, end in bounds:
-        results.append(_row_logps(network, _after(hidden[start:end], results[-1:]), targets[start:end]))
-    return [mx.concatenate(results)]
+        chunk = [value[start:end] for value in given]
+        results.append(score(*_after(chunk, results[-1] if results else [])))
+    return [mx.concatenate(list(parts)) for parts in zip(*results, strict=True)]
 
 
-def _with_statistics(
+def _after(chunk: Sequence[mx.array], before: Sequence[mx.array]) -> Sequence[mx.array]:
+    """The chunk, to be computed once ``before`` is: else the scheduler runs all chunks side by side."""
+    return mx.depends(list(chunk), list(before)) if before else chunk
+
+
+def _row_values(
     network: Network,
+    statistics: Sequence[str],
     hidden: mx.array,
     targets: mx.array,
-    differentiate: bool,
-    statistics: Sequence[str],
-    other: mx.array | None,
-    bounds: Sequence[tuple[int, int]],
+    other: mx.array | None = None,
 ) -> list[mx.array]:
-    """Log-probs and statistics of all rows; a chunk's logits are made again in the backward pass."""
-    if differentiate and network.outer:
-        return _plain_statistics(network, hidden, targets, statistics, other)
-
-    def of_chunk(a: int, b: int, chunk: mx.array, targets: mx.array, other: Sequence[mx.array]) -> list[mx.array]:
-        return _plain_statistics(network, chunk, targets[a:b], statistics, other[0][a:b] if other else None)
-
-    @mx.custom_function
-    def whole(hidden: mx.array, targets: mx.array, *other: mx.array) -> tuple[mx.array, ...]:
-        results: list[list[mx.array]] = []
-        for a, b in bounds:
-            chunk = _after(hidden[a:b], results[-1] if results else [])
-            results.append(of_chunk(a, b, chunk, targets, other))
-        return tuple(mx.concatenate(list(parts)) for parts in zip(*results, strict=True))
-
-    @whole.vjp
-    def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        hidden, targets, *other = primals
-        slopes: list[mx.array] = []
-        for a, b in bounds:
-            again = partial(of_chunk, a, b, targets=targets, other=other)
-            _, found = mx.vjp(again, [_after(hidden[a:b], slopes[-1:])], [slope[a:b] for slope in cotangents])
-            slopes.append(found[0])
-        return mx.concatenate(slopes), *(mx.zeros_like(value) for value in (targets, *other))
-
-    return list(whole(hidden, targets, *([] if other is None else [other])))
-
-
-def _plain_statistics(
-    network: Network, hidden: mx.array, targets: mx.array, statistics: Sequence[str], other: mx.array | None
-) -> list[mx.array]:
-    """(N,) float32 log-probs of the targets and each statistic, whole logits at once."""
+    """(N,) float32 log-probs of a chunk's targets, then each statistic; of these only "token_kl" has a gradient."""
+    if not statistics:
+        return [_row_logps(network, hidden, targets)]
     logits = network.head(hidden).astype(mx.float32)
     normaliser = mx.logsumexp(logits, axis=-1)
     found = [mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - normaliser]
@@ -272,84 +259,85 @@ def _plain_statistics(
     return found
 
 
-def _bounds(n: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def _after(chunk: mx.array, before: list[mx.array]) -> mx.array:
-    """The chunk, to be computed once ``before`` is: else the scheduler runs all chunks side by side."""
-    return mx.depends([chunk], before)[0] if before else chunk
-
-
 def _with_slopes(
-    network: Network, hidden: mx.array, targets: mx.array, bounds: Sequence[tuple[int, int]]
-) -> mx.array:
-    """Log-probs of all rows whose gradient towards ``hidden`` was computed along with them.
+    score: Callable[..., list[mx.array]],
+    n_statistics: int,
+    bounds: Sequence[tuple[int, int]],
+    given: Sequence[mx.array],
+) -> list[mx.array]:
+    """What ``score`` makes of all rows, the gradient of the log-probs towards the hidden rows computed along with them.
 
-    For heads without trainable parameters: nothing else receives a gradient.
+    For heads without trainable parameters, and statistics that are constants: nothing else receives a gradient.
     """
 
+    def of_chunk(hidden: mx.array, *others: mx.array) -> list[mx.array]:
+        ones = mx.ones(hidden.shape[:1], mx.float32)
+        asked = [ones, *[mx.zeros_like(ones)] * n_statistics]
+        values, slopes = mx.vjp(lambda hidden: score(hidden, *others), [hidden], asked)
+        return [*values, *slopes]
+
     @mx.custom_function
-    def whole(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        logps: list[mx.array] = []
-        slopes: list[mx.array] = []
-        for start, end in bounds:
-            chunk = _after(hidden[start:end], [*logps[-1:], *slopes[-1:]])
-            score = partial(_row_logps, network, targets=targets[start:end])
-            values, found = mx.vjp(score, [chunk], [mx.ones((end - start,), mx.float32)])
-            logps.append(values[0])
-            slopes.append(found[0])
-        return mx.concatenate(logps), mx.concatenate(slopes)
+    def whole(*given: mx.array) -> tuple[mx.array, ...]:
+        return tuple(_one_after_another(bounds, given, of_chunk))
 
     @whole.vjp
-    def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
-        slope = cotangents[0][:, None] * outputs[1].astype(mx.float32)
-        return slope.astype(primals[0].dtype), mx.zeros_like(primals[1])
+    def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        slope = cotangents[0][:, None] * outputs[-1].astype(mx.float32)
+        return slope.astype(primals[0].dtype), *(mx.zeros_like(value) for value in primals[1:])
 
-    return whole(hidden, targets)[0]
+    return list(whole(*given)[:-1])
 
 
 def _recomputed(
-    network: Network, hidden: mx.array, targets: mx.array, bounds: list[tuple[int, int]]
-) -> mx.array:
-    """Log-probs of all rows for heads that train: each chunk's logits are made again in the backward pass,
-    one chunk after another there too, with the dropout they were made with."""
-    outer = _select(network.model.trainable_parameters(), network.outer)
-    names = list(outer)
-    keys = mx.random.split(mx.random.state[0], len(bounds) + 1)
+    network: Network,
+    score: Callable[..., list[mx.array]],
+    bounds: Sequence[tuple[int, int]],
+    given: Sequence[mx.array],
+) -> list[mx.array]:
+    """What ``score`` makes of all rows: each chunk's logits are made again in the backward pass, one chunk after
+    another there too, with the head's weights where it trains and the dropout they were made with.
 
-    def score(index: int, wanted: mx.array, chunk: mx.array, values: list[mx.array]) -> mx.array:
-        mx.random.state[0][:] = keys[index]
-        network.model.load_weights(list(zip(names, values, strict=True)), strict=False)
-        return _row_logps(network, chunk, wanted)
+    Args:
+        given: hidden rows, which receive a gradient, and what else is cut as they are.
+    """
+    outer = _select(network.model.trainable_parameters(), network.outer) if network.outer else {}
+    names, n = list(outer), len(given)
+    keys = mx.random.split(mx.random.state[0], len(bounds) + 1) if names else [None] * len(bounds)
+
+    def of_chunk(key: mx.array | None, chunk: Sequence[mx.array], weights: Sequence[mx.array]) -> list[mx.array]:
+        if key is not None:
+            mx.random.state[0][:] = key
+            network.model.load_weights(list(zip(names, weights, strict=True)), strict=False)
+        return score(*chunk)
 
     @mx.custom_function
-    def whole(hidden: mx.array, targets: mx.array, *values: mx.array) -> mx.array:
-        results: list[mx.array] = []
-        for index, (a, b) in enumerate(bounds):
-            results.append(score(index, targets[a:b], _after(hidden[a:b], results[-1:]), list(values)))
-        return mx.concatenate(results)
+    def whole(*arrays: mx.array) -> tuple[mx.array, ...]:
+        rows, weights, own = arrays[:n], arrays[n:], iter(keys)
+        return tuple(_one_after_another(bounds, rows, lambda *chunk: of_chunk(next(own), chunk, weights)))
 
     @whole.vjp
-    def whole_vjp(primals: Any, cotangent: Any, output: Any) -> tuple[mx.array, ...]:
-        hidden, targets, *values = primals
+    def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        rows, weights = primals[:n], primals[n:]
         slopes: list[mx.array] = []
         sums: list[mx.array] = []
-        for index, (a, b) in enumerate(bounds):
+        for key, (start, end) in zip(keys, bounds, strict=False):
+            # The first chunk waits, too: mx.compile would merge it with the forward pass's, and keep that.
+            before = [*sums, *slopes[-1:]] or [cotangents[0]]
+            hidden, *others = _after([value[start:end] for value in rows], before)
 
-            def again(chunk: mx.array, *values: mx.array, index: int = index, a: int = a, b: int = b) -> mx.array:
-                return score(index, targets[a:b], chunk, list(values))
+            def again(hidden: mx.array, *weights: mx.array, key: Any = key, others: Any = others) -> list[mx.array]:
+                return of_chunk(key, [hidden, *others], weights)
 
-            chunk = _after(hidden[a:b], [*sums, *slopes[-1:]])
-            _, found = mx.vjp(again, [chunk, *values], [cotangent[a:b]])
+            _, found = mx.vjp(again, [hidden, *weights], [cotangent[start:end] for cotangent in cotangents])
             slopes.append(found[0])
             sums = list(found[1:]) if not sums else [x + y for x, y in zip(sums, found[1:], strict=True)]
-        return (mx.concatenate(slopes), mx.zeros_like(targets), *sums)
+        return mx.concatenate(slopes), *(mx.zeros_like(value) for value in rows[1:]), *sums
 
-    result = whole(hidden, targets, *outer.values())
-    mx.random.state[0][:] = keys[-1]
-    network.model.load_weights(list(outer.items()), strict=False)
-    return result
+    results = list(whole(*given, *outer.values()))
+    if names:
+        mx.random.state[0][:] = keys[-1]
+        network.model.load_weights(list(outer.items()), strict=False)
+    return results
 
 
 def _select(parameters: dict[str, Any], names: tuple[str, ...]) -> dict[str, mx.array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from mlxpref.planning import plans
 from mlxpref.planning.dims import Dims, read_dims
 from mlxpref.planning.graphs import graph_bytes
 from mlxpref.planning.memory import Peak, Trained, pass_peak, training_peak
+from mlxpref.planning.rows import Rows, Sized
 from mlxpref.prepare import Prepared
-from mlxpref.records import Tokenized
-from mlxpref.reference import row_keys
 
 PROGRAM_BYTES = 600_000_000
 """Python with its libraries and tokenizer."""
+
+GRAPHS = "compiled graphs"
 
 ROW_BYTES = 2_000
 """Of a row's objects, besides its tokens."""
@@ -36,6 +38,8 @@ class Job:
         config, objective, data: of the run.
         dims: of its model.
         trained: what trains.
+        rows: of the data.
+        holds_graphs: whether compiled graphs take memory of the process: MLX's do on a CPU.
         share_prompts: whether each prompt goes through the model once for all its responses.
     """
 
@@ -44,6 +48,8 @@ class Job:
     data: Prepared
     dims: Dims
     trained: Trained
+    rows: Rows
+    holds_graphs: bool
     share_prompts: bool = True
 
     @property
@@ -58,6 +64,7 @@ class Forecast:
     Attributes:
         tokens: padded tokens of a micro-batch at most.
         train, reference: plans; ``valid`` of one evaluation. None where there is none.
+        asked: rows of the reference pass, each once.
         n_evaluations: in the run.
         training, passes: peaks of the updates, and of what runs without gradients; device memory.
         host: bytes in the process beside them: name → bytes.
@@ -67,6 +74,7 @@ class Forecast:
     train: Plan
     valid: Plan | None
     reference: Plan | None
+    asked: Sized
     n_evaluations: int
     training: Peak
     passes: Peak
@@ -82,6 +90,11 @@ class Forecast:
         return self.peak.total + sum(self.host.values())
 
     @property
+    def without_graphs(self) -> int:
+        """The total but for compiled graphs: it grows with the budget, while a smaller budget may have more graphs."""
+        return self.total - self.host.get(GRAPHS, 0)
+
+    @property
     def shapes(self) -> tuple[Shape, ...]:
         return self.train.shapes
 
@@ -93,14 +106,15 @@ def make_job(
 
     Args:
         device: its "kind", "metal", "cuda" or "cpu"; on a CPU weights are float32 unless the configuration says
-            otherwise, elsewhere as the checkpoint has them.
+            otherwise, elsewhere as the checkpoint has them. Its "backend", MLX unless it says.
     """
     model, kind = config.model, str(device["kind"])
     folder = model_folder(model.path, revision=model.revision, weights=False)
     dtype = model.dtype or ("float32" if kind == "cpu" else None)
     dims = read_dims(folder, dtype=dtype, load_in_4bit=model.load_in_4bit)
     trained = trained_of(config, dims, on_cpu=kind == "cpu")
-    return Job(config, objective, data, dims, trained, share_prompts)
+    holds_graphs = kind == "cpu" and device.get("backend", "mlx") == "mlx"
+    return Job(config, objective, data, dims, trained, Rows.of(data), holds_graphs, share_prompts)
 
 
 def trained_of(config: Config, dims: Dims, *, on_cpu: bool) -> Trained:
@@ -128,25 +142,23 @@ def trained_of(config: Config, dims: Dims, *, on_cpu: bool) -> Trained:
     )
 
 
-def forecast(job: Job, *, tokens: int | None = None, rows: Sequence[Tokenized] | None = None) -> Forecast:
+def forecast(job: Job, *, tokens: int | None = None) -> Forecast:
     """Plan the run and add up its memory.
 
     Args:
         tokens: padded tokens of a micro-batch; None: the configuration's.
-        rows: in place of the training rows.
     """
-    config, data = job.config, job.data
-    train_rows = data.train if rows is None else rows
+    config, rows = job.config, job.rows
     tokens = config.batching.budget if tokens is None else tokens
     shared: dict[str, Any] = {"share_prompts": job.share_prompts, "tokens": tokens}
-    train = plans.plan_training(config, train_rows, **shared)
-    every = plans.eval_every(config, has_valid=bool(data.valid))
-    valid = plans.plan_evaluation(config, data.valid, **shared) if every else None
-    reference = None
-    asked = [train_rows[i] for i in plans.visited(train)]
-    asked += [data.valid[i] for i in plans.visited(valid)] if valid is not None else []
+    train = plans.plan_training(config, rows.train, **shared)
+    every = plans.eval_every(config, has_valid=bool(rows.valid))
+    valid = plans.plan_evaluation(config, rows.valid, **shared) if every else None
+    reference, asked = None, rows.at([])
     if job.has_reference_pass:
-        reference = plans.plan_reference(config, distinct(asked), **shared)
+        evaluated = [] if valid is None else [rows.n_train + place for place in plans.visited(valid)]
+        asked = rows.distinct([*plans.visited(train), *evaluated])
+        reference = plans.plan_reference(config, asked, **shared)
     most = max((len(step) for step in train.steps), default=1)
     passes = [shape for plan in (valid, reference) if plan is not None for shape in plan.shapes]
     return Forecast(
@@ -154,31 +166,22 @@ def forecast(job: Job, *, tokens: int | None = None, rows: Sequence[Tokenized] |
         train=train,
         valid=valid,
         reference=reference,
+        asked=asked,
         n_evaluations=plans.n_evaluations(every, len(train.steps)),
         training=training_peak(job.dims, job.trained, train.shapes, accumulated=most > 1),
         passes=pass_peak(job.dims, job.trained, passes, "evaluation" if reference is None else "reference pass"),
         host={
-            **_host([*train_rows, *data.valid], asked if job.has_reference_pass else []),
-            "compiled graphs": _graphs(job, train.shapes, passes),
+            "data": ROW_BYTES * len(rows.all) + 4 * int(rows.sizes.tokens.sum()),
+            "reference log-probs": 4 * int(asked.sizes.scored.sum()),
+            "program": PROGRAM_BYTES,
+            **_graphs(job, train.shapes, passes),
         },
     )
 
 
-def _graphs(job: Job, train: Sequence[Shape], passes: Sequence[Shape]) -> int:
-    trained = sum(graph_bytes(job.dims, job.trained, shape, differentiate=True) for shape in train)
-    return trained + sum(graph_bytes(job.dims, job.trained, shape, differentiate=False) for shape in passes)
-
-
-def distinct(rows: Sequence[Tokenized]) -> list[Tokenized]:
-    """Rows of which the reference's log-probs are computed: each once."""
-    return list({row_keys(row): row for row in rows}.values())
-
-
-def _host(rows: Sequence[Tokenized], scored: Sequence[Tokenized]) -> dict[str, int]:
-    tokens = sum(4 * row.n_tokens for row in rows)
-    logps = sum(4 * len(ids) for row in scored for _, ids in row.slots)
-    return {
-        "data": tokens + ROW_BYTES * len(rows),
-        "reference log-probs": logps,
-        "program": PROGRAM_BYTES,
-    }
+def _graphs(job: Job, train: Sequence[Shape], passes: Sequence[Shape]) -> dict[str, int]:
+    if not job.holds_graphs:
+        return {}
+    size = partial(graph_bytes, job.dims, job.trained)
+    trained = sum(size(shape, differentiate=True) for shape in train)
+    return {GRAPHS: trained + sum(size(shape, differentiate=False) for shape in passes)}

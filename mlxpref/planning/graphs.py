@@ -19,9 +19,7 @@ BACK, BACK_CALL, BACK_BLOCK = 130_000, 120_000, 40_000
 
 
 def graph_bytes(dims: Dims, trained: Trained, shape: Shape, *, differentiate: bool) -> int:
-    """Of one shape's compiled graph; 0 on a GPU."""
-    if not trained.on_cpu:
-        return 0
+    """Of one shape's compiled graph, on a CPU."""
     lengths = [length for length in (shape.prompt, *shape.rows) if length]
     blocks = sum(-(-length // BLOCK) for length in lengths) if trained.blocks else 0
     forward = dims.layers * (CALL * len(lengths) + CALL_BLOCK * blocks)

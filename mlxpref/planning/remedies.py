@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -10,8 +10,9 @@ from mlxpref.planning.budget import SIZES, largest_that_fits
 from mlxpref.planning.dims import GROUP, WIDTHS, Dims
 from mlxpref.planning.forecast import Forecast, Job, forecast
 from mlxpref.planning.machine import Memory
-from mlxpref.records import Tokenized
+from mlxpref.reference import kinds_of
 
+SHAPES = (64, 32, 16, 8)
 LAYERS = (16, 8, 4, 2)
 LENGTHS = (2048, 1536, 1024, 768, 512, 384, 256)
 
@@ -37,12 +38,11 @@ class _Change:
 
     job: Job
     tokens: int
-    rows: Sequence[Tokenized]
     settings: tuple[tuple[str, str], ...] = ()
     costs: tuple[str, ...] = ()
 
     def predicted(self) -> Forecast:
-        return forecast(self.job, tokens=self.tokens, rows=self.rows)
+        return forecast(self.job, tokens=self.tokens)
 
     def then(self, key: str, value: str, cost: str, **more: object) -> _Change:
         settings = (*((k, v) for k, v in self.settings if k != key), (key, value))
@@ -56,8 +56,8 @@ def remedies(job: Job, found: Forecast, memory: Memory) -> list[Remedy]:
     Args:
         found: what does not fit.
     """
-    start = _Change(job, found.tokens, job.data.train)
-    kinds = (_smaller_budget, _checkpointing, _four_bits, _fewer_layers, _shorter)
+    start = _Change(job, found.tokens)
+    kinds = (_smaller_budget, _fewer_shapes, _checkpointing, _four_bits, _fewer_layers, _shorter)
     single = [remedy for kind in kinds if (remedy := _first_that_fits(kind(start, memory), memory)) is not None]
     if single:
         return single
@@ -67,7 +67,7 @@ def remedies(job: Job, found: Forecast, memory: Memory) -> list[Remedy]:
 def _together(start: _Change, memory: Memory) -> list[Remedy]:
     """One change on top of another, the mildest first, until it fits."""
     reached = start
-    for kind in (_checkpointing, _four_bits, _fewer_layers, _shorter):
+    for kind in (_fewer_shapes, _checkpointing, _four_bits, _fewer_layers, _shorter):
         for further in list(kind(reached, memory)):
             reached = further
             found = _first_that_fits(chain([reached], _smaller_budget(reached, memory)), memory)
@@ -88,13 +88,21 @@ def _remedy(change: _Change) -> Remedy:
 
 
 def _smaller_budget(change: _Change, memory: Memory) -> Iterator[_Change]:
-    def fits(tokens: int) -> bool:
-        return replace(change, tokens=tokens).predicted().total <= memory.usable
-
-    tokens = largest_that_fits(fits, [size for size in SIZES if size < change.tokens])
-    if tokens is not None:
+    found = largest_that_fits(change.job, memory, [size for size in SIZES if size < change.tokens])
+    if found is not None:
         cost = "a little time; the same result"
-        yield change.then("batching.micro_batch_tokens", str(tokens), cost, tokens=tokens)
+        yield change.then("batching.micro_batch_tokens", str(found.tokens), cost, tokens=found.tokens)
+
+
+def _fewer_shapes(change: _Change, memory: Memory) -> Iterator[_Change]:
+    config = change.job.config
+    if not change.job.holds_graphs:
+        return
+    for shapes in SHAPES:
+        if shapes < config.batching.max_shapes and shapes // 4 >= kinds_of(change.job.rows.train):
+            batching = config.batching.model_copy(update={"max_shapes": shapes})
+            job = replace(change.job, config=config.model_copy(update={"batching": batching}))
+            yield change.then("batching.max_shapes", str(shapes), "more padding; the same result", job=job)
 
 
 def _checkpointing(change: _Change, memory: Memory) -> Iterator[_Change]:
@@ -132,20 +140,8 @@ def _fewer_layers(change: _Change, memory: Memory) -> Iterator[_Change]:
 
 
 def _shorter(change: _Change, memory: Memory) -> Iterator[_Change]:
-    longest = max(len(row.prompt_ids) + max(len(ids) for _, ids in row.slots) for row in change.rows)
+    job = change.job
     for length in LENGTHS:
-        if length < longest:
-            rows = [cut(row, length) for row in change.rows]
-            yield change.then("tokenization.max_length", str(length), "long texts are cut", rows=rows)
-
-
-def cut(row: Tokenized, length: int) -> Tokenized:
-    """About what ``max_length`` leaves of a row: half of it to the prompt at most, the rest to each response."""
-    prompt = row.prompt_ids[-max(1, length // 2) :] if len(row.prompt_ids) > length // 2 else row.prompt_ids
-    room = max(1, length - len(prompt))
-    return replace(
-        row,
-        prompt_ids=prompt,
-        response_ids=tuple(ids[:room] for ids in row.response_ids),
-        texts={name: tuple(ids[:room] for ids in texts) for name, texts in row.texts.items()},
-    )
+        if length < job.rows.longest:
+            cut = replace(job, rows=job.rows.cut(length))
+            yield change.then("tokenization.max_length", str(length), "long texts are cut", job=cut)

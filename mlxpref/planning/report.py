@@ -159,10 +159,17 @@ def make_report(
     memory = this_machine(machine) if memory is None else memory
     job = make_job(config, objective, data, device=target)
     notes = list(_notes(job, device))
-    policy, step, job = _loaded(job, memory, load, notes)
     found, chosen = _forecast(job, memory, notes)
     timed = None
-    if step is not None:
+    if load is None:
+        notes.append("that prompts can be shared is taken for granted: a probe says so when the model loads")
+    elif found.total > memory.usable:
+        notes.append("nothing was measured: the run does not fit here")
+    else:
+        policy, step = load(data)
+        if not policy.share_prompts:
+            job = replace(job, share_prompts=False)
+            found, chosen = _forecast(job, memory, notes)
         with machine.set_memory_policy():
             timed = measure(job, found, machine, policy, step, on_progress=on_progress)
     seconds = expected(found, timed) if timed is not None else None
@@ -175,30 +182,14 @@ def make_report(
     )  # fmt: skip
 
 
-def _loaded(job: Job, memory: Memory, load: Load | None, notes: list[str]) -> tuple[Any, Any, Job]:
-    """Policy and step where they are asked for and fit, and the job with what the policy says of itself."""
-    if load is None:
-        notes.append("that prompts can be shared is taken for granted: a probe says so when the model loads")
-        return None, None, job
-    if _smallest(job) > memory.usable:
-        notes.append("nothing was measured: the model does not fit here")
-        return None, None, job
-    policy, step = load(job.data)
-    return policy, step, replace(job, share_prompts=bool(policy.share_prompts))
-
-
-def _smallest(job: Job) -> int:
-    given = job.config.batching.micro_batch_tokens
-    return forecast(job, tokens=SIZES[0] if given == "auto" else given).total
-
-
 def _forecast(job: Job, memory: Memory, notes: list[str]) -> tuple[Forecast, bool]:
     if job.config.batching.micro_batch_tokens != "auto":
         return forecast(job), False
-    tokens = largest_that_fits(lambda tokens: forecast(job, tokens=tokens).total <= memory.usable)
-    if tokens is None:
+    found = largest_that_fits(job, memory)
+    if found is None:
         notes.append(f"micro_batch_tokens auto: not even {SIZES[0]} fit")
-    return forecast(job, tokens=SIZES[0] if tokens is None else tokens), True
+        found = forecast(job, tokens=SIZES[0])
+    return found, True
 
 
 def _notes(job: Job, device: dict[str, Any]) -> Iterator[str]:

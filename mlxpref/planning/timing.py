@@ -20,8 +20,7 @@ from mlxpref.data.columns import available_columns
 from mlxpref.data.parts import PlannedPart
 from mlxpref.data.plan import Plan
 from mlxpref.data.shapes import Shape
-from mlxpref.planning.forecast import Forecast, Job, distinct
-from mlxpref.planning.plans import visited
+from mlxpref.planning.forecast import Forecast, Job
 from mlxpref.records import Batch, MicroBatch, Tokenized
 
 N_SHAPES = 5
@@ -136,22 +135,20 @@ def measure(
     chosen = _spread([part for step in found.train.steps for part in step], N_SHAPES)
     passes = [part for plan in (found.reference,) if plan is not None for step in plan.steps for part in step]
     forward = _spread(passes, 3) or chosen[:3]
-    asked = distinct([job.data.train[i] for i in visited(found.train)]) if passes else list(job.data.train)
-    if passes and found.valid is not None:
-        asked = distinct([*asked, *(job.data.valid[i] for i in visited(found.valid))])
+    asked = found.asked if passes else job.data.train
     total = len(chosen) + len(forward)
     trained: list[tuple[Shape, float, float]] = []
     update = 0.0
-    for part in chosen:
+    for part in chosen:  # the smallest comes last
         if len(trained) >= 2 and clock() - began > PATIENCE:
             break
         own = _micro_batch(job, machine, policy, part)
         trained.append((part.shape, *_timed(partial(_update, step, (own,), part), clock)))
         on_progress("timing", len(trained), total)
-        if part is chosen[-1] and _accumulates(found):
-            # An update alone: what two micro-batches in one step take less than two steps.
-            both, _ = _timed(partial(_update, step, (own, own), part), clock)
-            update = max(0.0, 2 * trained[-1][1] - both)
+    if len(trained) == len(chosen) and any(len(parts) > 1 for parts in found.train.steps):
+        # An update alone: what two micro-batches in one step take less than two steps.
+        both, _ = _timed(partial(_update, step, (own, own), part), clock)
+        update = max(0.0, 2 * trained[-1][1] - both)
     read: list[tuple[Shape, float, float]] = []
     for part in forward:
         if len(read) >= 1 and clock() - began > 1.5 * PATIENCE:
@@ -217,10 +214,6 @@ def _passed(rows: Sequence[Tokenized], machine: Any, policy: Any, part: PlannedP
 def _token_logps(machine: Any, policy: Any, micro_batch: MicroBatch) -> np.ndarray:
     """Of the reference, which of a full fine-tune is the policy before its first update."""
     return np.asarray(machine.token_logps(policy, micro_batch, reference=policy.fine_tune_type != "full").tokens)
-
-
-def _accumulates(found: Forecast) -> bool:
-    return any(len(step) > 1 for step in found.train.steps)
 
 
 def _rates(timed: Sequence[tuple[Shape, float, float]], update: float) -> Rates:
