@@ -20,7 +20,7 @@ def head_rows(vocabulary: int, *, on_cpu: bool) -> int:
 
     About two dozen arrays of a chunk's size are alive at once: MLX allocates some tasks ahead.
     """
-    least, most = (12, 4e6) if on_cpu else (64, 25e6)
+    least, most = (11, 4e6) if on_cpu else (64, 25e6)
     return max(least, min(HEAD_ROWS, int(most / (4 * vocabulary))))
 
 

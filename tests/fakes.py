@@ -70,3 +70,19 @@ def random_rows(n: int, *, responses: int = 2, seed: int = 0, longest: int = 40)
         return rng.integers(0, SIZE, rng.integers(1, longest)).astype(np.int32)
 
     return [Tokenized(ids(), tuple(ids() for _ in range(responses)), f"row-{i}") for i in range(n)]
+
+
+class Room:
+    """A machine room that answers with what it was asked, and remembers how."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.calls: list[dict[str, Any]] = []
+
+    def device_info(self) -> dict[str, Any]:
+        return {}
+
+    def generate(self, policy: Any, prompts: list[list[int]], *, adapter: bool, **options: Any) -> list[str]:
+        self.calls.append({"n": len(prompts), "adapter": adapter, **options})
+        who = "adapter" if adapter else "base"
+        return [f"{who} read: {self.tokenizer.decode(ids)}" for ids in prompts]

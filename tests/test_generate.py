@@ -9,6 +9,7 @@ from typing import Any
 import fakes
 import pytest
 from click.testing import CliRunner
+from fakes import Room
 
 from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, Recipe
 from mlxpref.data.relabel import relabel, unconditioned
@@ -29,22 +30,6 @@ from mlxpref.records import Dropped, Message, Scored
 
 QUESTION = text_question("Tell me about owls.")
 ATTRIBUTES = Recipe(template=ATTRIBUTES_TEMPLATE, attributes=("help", "truth"))
-
-
-class Room:
-    """A machine room that answers with what it was asked, and remembers how."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.calls: list[dict[str, Any]] = []
-
-    def device_info(self) -> dict[str, Any]:
-        return {}
-
-    def generate(self, policy: Any, prompts: list[list[int]], *, adapter: bool, **options: Any) -> list[str]:
-        self.calls.append({"n": len(prompts), "adapter": adapter, **options})
-        who = "adapter" if adapter else "base"
-        return [f"{who} read: {self.tokenizer.decode(ids)}" for ids in prompts]
 
 
 # --- the words of training ---

@@ -181,7 +181,7 @@ def test_a_relabelled_folder_is_the_same_from_many_rows(
                 done = relabel_sources([SourceSpec(str(source), weight=1.5)], {"mapping": "quantile"}, **some)
                 folder = tmp_path / name / f"{at}-{kind}"
                 write_relabelled(
-                    folder, done.splits, done.recipe, file_format=kind,  # type: ignore[arg-type]
+                    folder, done.splits, done.recipe, file_format=kind,  # type: ignore[arg-type]  # one of the two
                     counts=done.counts, written_with=done.options, num_proc=2,
                 )  # fmt: skip
                 (folder / "notes").write_text(repr(done.notes))

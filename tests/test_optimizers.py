@@ -609,8 +609,8 @@ def clipped_by_mlx(gradient: Arrays, max_norm: float) -> Arrays:
     optimizer = mlx_optimizer("sgd")
     zeros, given = ({key: mx.array(f * value) for key, value in gradient.items()} for f in (0.0, 1.0))
     optimizer.init(zeros)
-    step = SimpleNamespace(max_grad_norm=max_norm, optimizer=optimizer)
-    moved, *_ = Step._update_of(step, zeros, optimizer.state, given, mx.array(1.0), mx.array(0.0))  # type: ignore[arg-type]
+    step: Any = SimpleNamespace(max_grad_norm=max_norm, optimizer=optimizer)
+    moved, *_ = Step._update_of(step, zeros, optimizer.state, given, mx.array(1.0), mx.array(0.0))
     return {key: -np.array(value) for key, value in moved.items()}
 
 

@@ -15,6 +15,7 @@ import click
 
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, open_policy, policy_options
+from mlxpref.cli.sampling import sampling, sampling_options
 from mlxpref.data.recipe import Recipe, format_number, goal_words
 from mlxpref.data.tokenization import render_prompt
 from mlxpref.errors import UsageError
@@ -62,30 +63,7 @@ Example:
 )
 @click.option("--no-adapter", is_flag=True, help="Ask the base model instead of the adapter.")
 @click.option("--compare-base", is_flag=True, help="Ask both, and show the answers together.")
-@click.option(
-    "--temperature",
-    "--temp",
-    type=float,
-    default=0.0,
-    show_default=True,
-    metavar="X",
-    help="Of the sampling; 0 takes the likeliest token every time.",
-)
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="X",
-    help="Sample within this share of the probability.",
-)
-@click.option(
-    "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens of an answer at most."
-)
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Decides what sampling draws.")
-@click.option(
-    "--batch-size", type=int, default=8, show_default=True, metavar="N", help="Prompts computed together."
-)
+@sampling_options(temperature=0.0)
 @click.option("--show-prompt", is_flag=True, help="Show the text the model reads, up to ▶, before each answer.")
 @click.option(
     "--json",
@@ -153,8 +131,7 @@ def _goals(texts: Sequence[str], recipe: Recipe | None) -> list[Goal | None] | N
 def _answers(asked: Sequence[Asked], opened: Opened, options: Mapping[str, Any]) -> list[Answer]:
     """The answers, those to one question together; with ``--compare-base`` each followed by the base's."""
     which = [False] if options["no_adapter"] else [True, False] if options["compare_base"] else [True]
-    keys = ("max_tokens", "temperature", "top_p", "seed", "batch_size")
-    settings = {key: options[key] for key in keys}
+    settings = sampling(options)
     long = len(asked) > settings["batch_size"]
     found = []
     for adapter in which:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -36,6 +37,40 @@ def mean_interval(
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def resampled(prompts: Sequence[int], *, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Places of samples, whole prompts drawn with replacement, once for each resample."""
+    _, of = np.unique(np.asarray(prompts), return_inverse=True)
+    order, ends = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))
+    groups = np.split(order, ends[:-1])
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.concatenate([groups[at] for at in rng.integers(len(groups), size=len(groups))])
+
+
+def expanded_interval(values: np.ndarray, n: int, *, level: float = 0.95) -> Interval | None:
+    """Percentile interval of a bootstrap over n units, as much wider as Student's t with n − 1 degrees of freedom and
+    an unbiased variance ask for; None for fewer than two units.
+
+    Source: Hesterberg 2015, "What teachers should know about the bootstrap", The American Statistician 69, section 4.
+    """
+    if n < 2:
+        return None
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student((1 + level) / 2, n - 1))
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _student(p: float, degrees: int) -> float:
+    """Quantile of Student's t, to 1 % from 3 degrees of freedom on: Cornish and Fisher's expansion."""
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / degrees ** (power + 1) for power, term in enumerate(terms))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:

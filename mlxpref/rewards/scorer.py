@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -84,7 +84,15 @@ def score_all(scorer: Scorer, prompts: Sequence[Prompt], responses: Sequence[str
     called = scorer_name(scorer)
     if len(prompts) != len(responses):
         raise ScoreError(f"{called}: {len(prompts)} prompts for {len(responses)} responses; give one prompt for each")
-    found: Any = scorer(prompts, responses)
+    return checked_numbers(called, scorer(prompts, responses), responses)
+
+
+def checked_numbers(called: str, found: Any, responses: Sequence[str]) -> list[float]:
+    """What a scorer or judge returned, as one finite number for each response.
+
+    Raises:
+        ScoreError: it is something else; it says what and where.
+    """
     try:
         values = list(found)
     except TypeError as error:
@@ -105,7 +113,7 @@ def score_all(scorer: Scorer, prompts: Sequence[Prompt], responses: Sequence[str
     return [score for score in scores if score is not None]
 
 
-def scorer_name(scorer: Scorer) -> str:
+def scorer_name(scorer: Callable[..., Any]) -> str:
     """For messages and reports: a function's name, else the name of an object's class."""
     return str(getattr(scorer, "__qualname__", None) or type(scorer).__qualname__)
 

@@ -1,0 +1,184 @@
+"""``mlxpref control``: is the goal obeyed? Asked for several qualities, what is achieved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mlxpref import facts
+from mlxpref.cli import console
+from mlxpref.cli.policies import Opened, open_policy, policy_options
+from mlxpref.cli.sampling import sampling, sampling_options
+from mlxpref.data.recipe import Recipe, goal_words
+from mlxpref.errors import UsageError
+from mlxpref.evaluate import Achieved, ControlCurve, as_curve, control_curve
+from mlxpref.files import write_text
+from mlxpref.generate import Question, parse_goal, read_questions
+from mlxpref.records import Goal
+from mlxpref.report.canvas import picture_format
+from mlxpref.report.pictures import Line, draw_control_curve
+from mlxpref.rewards.scorer import Scorer, load_scorer, scorer_name
+
+EPILOG = """\b
+Example:
+  mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:quality
+  mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:quality --goals 1,4,7,10 --picture control.png
+  mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:honesty --attribute honesty
+"""
+
+N_GOALS = 5
+"""Goals that are asked for where none are named: over the whole range, at equal distances."""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("prompts", type=click.Path(path_type=Path))
+@policy_options
+@click.option(
+    "--scorer",
+    required=True,
+    metavar="MODULE:FUNCTION",
+    help="Says how good answers are: two lists, prompts and texts, in; one number for each out.",
+)
+@click.option(
+    "--goals",
+    metavar="GOAL,…",
+    help=f"What to ask for, with commas between.  [default: {N_GOALS} over the range of the recipe]",
+)
+@click.option(
+    "--attribute",
+    metavar="NAME",
+    help="Of a recipe with several attributes the one that is varied; the others stay at their top.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Answers to each prompt at each goal.",
+)  # fmt: skip
+@click.option("--top", type=float, metavar="X", help="Also the share of answers that score this much or more.")
+@click.option("--compare-base", is_flag=True, help="Ask the base, too, without a goal.")
+@sampling_options(temperature=0.7)
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve here, .png or .svg.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write figures and all answers here.",
+)  # fmt: skip
+def command(
+    prompts: Path, adapter_path: str | None, model: str | None, revision: str | None, dtype: str | None,
+    recipe_path: str | None, backend: str, **options: Any,
+) -> None:  # fmt: skip
+    """Ask a policy for several qualities, and score what it answers.
+
+    PROMPTS is a text file with a prompt in each line, or rows with a column prompt (or messages). Prompts that were
+    not trained on tell more. Intervals are of the mean over prompts like these.
+    """
+    if options["picture"] is not None:
+        picture_format(options["picture"])
+    questions, scorer = read_questions(prompts), load_scorer(options["scorer"])
+    opened = open_policy(
+        adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
+        recipe_path=recipe_path, backend=backend,
+    )  # fmt: skip
+    if opened.recipe is None:
+        raise UsageError("this policy was trained without goals; --recipe asks with another's")
+    if options["compare_base"] and not opened.has_adapter:
+        raise UsageError("--compare-base needs --adapter-path: there is no adapter to leave out")
+    goals = _goals(options["goals"], options["attribute"], opened.recipe)
+    found = _asked(questions, goals, scorer, opened, options, "answers", adapter=True)
+    base = None
+    if options["compare_base"]:
+        base = _asked(questions, [None], scorer, opened, options, "answers of the base", adapter=False)
+    _show(found, base, scorer, options["top"])
+    if options["picture"] is not None:
+        _draw(found, base, scorer, opened.recipe, options)
+    if options["json_file"] is not None:
+        about = _record(found, base, prompts, adapter_path, opened, options)
+        write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def _goals(text: str | None, attribute: str | None, recipe: Recipe) -> list[Goal | None]:
+    """The goals that are asked for, each a number or, of several attributes, one number for each."""
+    if attribute is not None and attribute not in recipe.attributes:
+        named = ", ".join(recipe.attributes) or "one score without a name"
+        raise UsageError(f"--attribute {attribute}: the recipe has {named}")
+    if text is None:
+        goals = np.linspace(*recipe.goal_range, N_GOALS)
+        whole = np.ptp(goals) >= N_GOALS - 1  # as most scores are
+        texts = [f"{goal:g}" for goal in (goals.round() if whole else goals)]
+    else:
+        texts = [part.strip() for part in text.split(",")]
+    if attribute is None:
+        return [parse_goal(part, recipe) for part in texts]
+    top = recipe.top_goal
+    assert isinstance(top, Mapping)
+    others = ",".join(f"{name}={value:g}" for name, value in top.items() if name != attribute)
+    return [parse_goal(",".join(filter(None, (f"{attribute}={part}", others))), recipe) for part in texts]
+
+
+def _asked(
+    questions: Sequence[Question], goals: Sequence[Goal | None], scorer: Scorer, opened: Opened,
+    options: Mapping[str, Any], what: str, *, adapter: bool,
+) -> ControlCurve:  # fmt: skip
+    with console.progress(what, len(questions) * len(goals) * options["samples"]) as at:
+        return control_curve(
+            questions, goals, scorer, opened.backend, opened.policy, opened.tokenizer, opened.recipe,
+            adapter=adapter, n_samples=options["samples"], top=options["top"], **sampling(options),
+            on_progress=lambda done, total: at(done),
+        )  # fmt: skip
+
+
+def _show(found: ControlCurve, base: ControlCurve | None, scorer: Scorer, top: float | None) -> None:
+    named = [(goal_words(one.goal), one) for one in found.per_goal]
+    if base is not None:
+        named += [("base, without a goal", one) for one in base.per_goal]
+    shares = () if top is None else (f"{top:g} or more",)
+    console.table(
+        ("asked for", "score", "95 % interval", "80 % of answers", *shares, "words", "different"),
+        [_row(name, one) for name, one in named],
+        title=f"{scorer_name(scorer)}: {len(found.samples)} answers to {found.per_goal[0].prompts} prompts",
+    )
+    correlations = found.spearman if isinstance(found.spearman, Mapping) else {"": found.spearman}
+    for name, value in correlations.items():
+        if value is not None:
+            console.say(f"Spearman of goal{f' ({name})' if name else ''} and score, single answers: {value:.2f}")
+
+
+def _row(name: str, one: Achieved) -> tuple[Any, ...]:
+    within = None if one.interval is None else "{:.2f} to {:.2f}".format(*one.interval)
+    shares = () if one.top_share is None else (f"{one.top_share:.0%}",)
+    spread = "{:.2f} to {:.2f}".format(*one.spread)
+    return name, f"{one.mean:.2f}", within, spread, *shares, f"{one.words:.0f}", f"{one.distinct:.0%}"
+
+
+def _draw(
+    found: ControlCurve, base: ControlCurve | None, scorer: Scorer, recipe: Recipe, options: Mapping[str, Any]
+) -> None:
+    attribute = options["attribute"] or (recipe.attributes[0] if recipe.attributes else None)
+    said = [f"{goal_words(one.goal)}: {one.mean:.1f}" for one in (found.per_goal[0], found.per_goal[-1])]
+    draw_control_curve(
+        [as_curve("policy", found.per_goal, attribute=attribute)], options["picture"],
+        title=f"What is asked for, and what is achieved ({', '.join(said)})",
+        lines=[] if base is None else [Line("base, without a goal", one.mean) for one in base.per_goal],
+        scale=recipe.goal_range, as_asked=False, y_label=f"{scorer_name(scorer)} of the answers",
+    )  # fmt: skip
+
+
+def _record(
+    found: ControlCurve, base: ControlCurve | None, prompts: Path, adapter_path: str | None, opened: Opened,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    kept = {key: value for key, value in options.items() if key not in ("json_file", "picture")}
+    return {
+        **found.as_record(),
+        "base": None if base is None else base.as_record(),
+        "samples": [sample.as_record() for sample in found.samples],
+        "prompts_file": str(prompts),
+        "adapter": adapter_path,
+        "model": str(opened.policy.path),
+        "options": kept,
+        "commit": facts.commit(),
+        "versions": facts.versions(),
+    }

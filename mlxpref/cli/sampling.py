@@ -1,0 +1,57 @@
+"""The options of every command that has a policy write something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+KEYS = ("max_tokens", "temperature", "top_p", "seed", "batch_size")
+"""As ``generate`` and ``control_curve`` call them."""
+
+
+def sampling_options(temperature: float) -> Callable[[F], F]:
+    """The options, with this temperature unless another is given."""
+    options = (
+        click.option(
+            "--temperature",
+            "--temp",
+            type=float,
+            default=temperature,
+            show_default=True,
+            metavar="X",
+            help="Of the sampling; 0 takes the likeliest token every time.",
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            default=1.0,
+            show_default=True,
+            metavar="X",
+            help="Sample within this share of the probability.",
+        ),
+        click.option(
+            "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens of an answer at most."
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, metavar="N", help="Decides what sampling draws."
+        ),
+        click.option(
+            "--batch-size", type=int, default=8, show_default=True, metavar="N", help="Prompts computed together."
+        ),
+    )
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that are about sampling."""
+    return {key: options[key] for key in KEYS}

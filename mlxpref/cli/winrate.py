@@ -1,0 +1,240 @@
+"""``mlxpref winrate``: which of two policies, or files of responses, answers better."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxpref import backends, facts
+from mlxpref.cli import console
+from mlxpref.cli.policies import open_policy
+from mlxpref.cli.sampling import KEYS, sampling, sampling_options
+from mlxpref.conversion import as_mlx_folder
+from mlxpref.errors import UsageError
+from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge
+from mlxpref.evaluate.sides import Paired, Side, pair_up, read_side
+from mlxpref.evaluate.winrates import WinRate, win_rate
+from mlxpref.files import write_text
+from mlxpref.generate import Question, adapter_recipe, ask_all, generate, parse_goal, read_questions
+from mlxpref.hub import model_folder
+from mlxpref.rewards.judges import Verdict, both_orders, by_score
+from mlxpref.rewards.scorer import load_scorer
+
+EPILOG = """\b
+Example:
+  mlxpref winrate adapter base-model --prompts prompts.jsonl --judge mlx-community/Qwen3-8B-4bit
+  mlxpref winrate adapter@10 adapter@none --prompts prompts.jsonl --scorer my_scores:quality
+  mlxpref winrate ra-dpo.json dpo.json --prompts prompts.jsonl --judge judge-model --json winrate.json
+"""
+
+FILES = (".json", ".jsonl", ".parquet")
+
+
+@click.command(epilog=EPILOG)
+@click.argument("one")
+@click.argument("other")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Each line of a text file, or the column prompt (or messages) of rows; both sides answer them.",
+)
+@click.option("--scorer", metavar="MODULE:FUNCTION", help="Scores responses; the higher score is preferred.")
+@click.option(
+    "--tie", type=float, default=0.0, show_default=True, metavar="X", help="Scores no further apart are a tie."
+)
+@click.option("--judge", metavar="FOLDER|ID", help="Model that reads each pair, in both orders.")
+@click.option(
+    "--judge-template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text that asks it, with {conversation}, {first} and {second}.  [default: one of mlxpref's]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Responses of a policy to each prompt.",
+)
+@sampling_options(temperature=0.0)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of unquantised weights.  [default: the checkpoint's, on a CPU float32]",
+)
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help=f"What computes: {', '.join(('auto', *backends.NAMES))}.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write figures, responses and verdicts here.",
+)
+def command(one: str, other: str, prompts: Path, **options: Any) -> None:
+    """How often responses of ONE are preferred to those of OTHER.
+
+    Each is a file of responses (JSON, JSONL or Parquet, in the order of the prompts), an adapter folder, asked for
+    its top goal or for another as in adapter@7 and adapter@none, or a model without an adapter. Either a scorer or a
+    judge says which response is better.
+    """
+    _check(options)
+    questions = read_questions(prompts)
+    scorer = None if options["scorer"] is None else load_scorer(options["scorer"])
+    template = TEMPLATE if options["judge_template"] is None else options["judge_template"].read_text(encoding="utf-8")
+    if options["judge"] is not None:
+        model_folder(options["judge"], weights=False)
+    named = [_named(name, len(questions)) for name in (one, other)]
+    first, second = (_asked(side, questions, options) for side in named)
+    paired = pair_up(first, second, questions)
+    asked = [questions[index].prompt for index in paired.index]
+    if scorer is not None:
+        verdicts = by_score(scorer, asked, paired.ones, paired.others, tie=options["tie"])
+    else:
+        verdicts = _judged(asked, paired, template, options)
+    found = win_rate(paired.comparisons(verdicts), places=scorer is None, seed=options["seed"])
+    _show(found, one, other)
+    if options["json_file"] is not None:
+        about = _record(found, paired, verdicts, one, other, prompts, options)
+        write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check(options: dict[str, Any]) -> None:
+    if (options["scorer"] is None) == (options["judge"] is None):
+        raise UsageError("who says which response is better? Give --scorer or --judge, one of them")
+    if options["judge"] is None and options["judge_template"] is not None:
+        raise UsageError("--judge-template is for --judge")
+    if options["scorer"] is None and options["tie"]:
+        raise UsageError("--tie is for --scorer; a judge's probabilities near a half count as such")
+    if options["samples"] > 1 and options["temperature"] == 0:
+        raise UsageError("at temperature 0 all samples of a prompt are the same; give --temperature, or one sample")
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A side that has to be asked: an adapter with a goal, None for its top one, or a model without an adapter."""
+
+    name: str
+    adapter: str | None
+    model: str | None
+    goal: str | None
+
+
+def _named(name: str, n_prompts: int) -> Side | _Named:
+    """A side as the command line names it, checked as far as that goes without loading a model."""
+    if name.endswith(FILES) and not Path(name).is_dir():
+        return read_side(Path(name), n_prompts)
+    where, _, goal = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    if (Path(where) / "adapter_config.json").is_file():
+        if goal:
+            parse_goal(goal, adapter_recipe(as_mlx_folder(where)))
+        return _Named(name, where, None, goal or None)
+    if goal:
+        raise UsageError(f"{name}: {where} is no adapter folder; a goal after @ is for one")
+    model_folder(where, weights=False)
+    return _Named(name, None, where, None)
+
+
+def _asked(side: Side | _Named, questions: Sequence[Question], options: dict[str, Any]) -> Side:
+    """What it answers."""
+    if isinstance(side, Side):
+        return side
+    opened = open_policy(
+        adapter_path=side.adapter, model=side.model, revision=None, dtype=options["dtype"], recipe_path=None,
+        backend=options["backend"],
+    )  # fmt: skip
+    goals = None if side.goal is None else [parse_goal(side.goal, opened.recipe)]
+    asked = ask_all(questions, goals, opened.recipe, opened.tokenizer)
+    asked = [each for each in asked for _ in range(options["samples"])]
+    with console.progress(f"responses of {side.name}", len(asked)) as at:
+        answers = generate(
+            asked, opened.backend, opened.policy, **sampling(options), on_progress=lambda done, total: at(done)
+        )
+    return Side.of(side.name, answers, len(questions))
+
+
+def _judged(asked: Sequence[Any], paired: Paired, template: str, options: dict[str, Any]) -> list[Verdict]:
+    opened = open_policy(
+        adapter_path=None, model=options["judge"], revision=None, dtype=options["dtype"], recipe_path=None,
+        backend=options["backend"],
+    )  # fmt: skip
+    with console.progress("verdicts", 2 * len(asked)) as at:
+        judge = ModelJudge(opened.backend, opened.policy, opened.tokenizer, template=template, on_progress=_twice(at))
+        return both_orders(judge, asked, paired.ones, paired.others)
+
+
+def _twice(at: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Progress of two passes as one."""
+    before = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal before
+        at(before + done)
+        if done == total:
+            before += total
+
+    return on_progress
+
+
+def _show(found: WinRate, one: str, other: str) -> None:
+    def share(value: float, interval: tuple[float, float] | None = None) -> str:
+        within = "" if interval is None else f"  ({interval[0]:.1%} to {interval[1]:.1%})"
+        return f"{value:.1%}{within}"
+
+    rows = [
+        ("comparisons", f"{found.n}, of {found.prompts} prompts"),
+        ("preferred", share(found.rate, found.interval)),
+        ("  at equal length", share(found.equal_lengths, found.equal_lengths_interval)),
+        ("wins, ties, losses", f"{found.wins:.1%}, {found.ties:.1%}, {found.losses:.1%}"),
+        ("mean length, characters", f"{found.lengths[0]:.0f} against {found.lengths[1]:.0f}"),
+    ]
+    if found.places is not None:
+        rows += [
+            ("judge prefers the first shown", share(found.places.first, found.places.interval)),
+            ("judge agrees with itself", share(found.places.agreement)),
+        ]
+    console.table(("", "95 % interval in brackets"), rows, title=f"{one} against {other}")
+    console.note(_sentence(found, one, other))
+
+
+def _sentence(found: WinRate, one: str, other: str) -> str:
+    """What may be concluded."""
+    if found.equal_lengths_interval is None:
+        return "one prompt says nothing of others"
+    low, high = found.equal_lengths_interval
+    if low <= 0.5 <= high:
+        return f"at equal length {one} and {other} cannot be told apart by these prompts"
+    better, worse = (one, other) if low > 0.5 else (other, one)
+    return f"at equal length {better} is preferred to {worse}"
+
+
+def _record(
+    found: WinRate, paired: Paired, verdicts: Sequence[Verdict], one: str, other: str, prompts: Path,
+    options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    pairs = zip(paired.index, paired.ones, paired.others, verdicts, strict=True)
+    keys = ("scorer", "tie", "judge", "samples", *KEYS, "backend", "dtype")
+    return {
+        **found.as_record(),
+        "one": one,
+        "other": other,
+        "prompts_file": str(prompts),
+        "options": {key: options[key] for key in keys},
+        "commit": facts.commit(),
+        "versions": facts.versions(),
+        "comparisons": [
+            {"index": index, "one": a, "other": b, "preference": verdict.preference, "first_shown_first": verdict.ahead,
+             "first_shown_second": verdict.behind}
+            for index, a, b, verdict in pairs
+        ],
+    }  # fmt: skip

@@ -1,0 +1,219 @@
+"""``mlxpref winrate`` and ``mlxpref control``: whose responses are compared, who judges, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from click.testing import CliRunner
+from fakes import Room
+
+from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, Recipe
+from mlxpref.data.tokenization import encode_prompt
+from mlxpref.errors import DataError
+from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge
+from mlxpref.records import Message
+
+SCORES = """
+import re
+
+def goal(prompts, responses):
+    assert not any("Overall" in prompt[0].content for prompt in prompts)
+    found = [re.search(r"score: (\\d+)\\.", text) for text in responses]
+    return [float(one[1]) if one else 0.0 for one in found]
+
+def honesty(prompts, responses):
+    return [float(re.search(r"Truth: (\\d+)\\.", text)[1]) for text in responses]
+"""
+
+
+BY_GOAL = ("--prompts", "prompts.txt", "--scorer", "goal_scores:goal")
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, chat_tokenizer: Any, tmp_path: Path) -> Room:
+    """A machine room whose policies say what they read, and a scorer that reads the goal from it."""
+    from mlxpref import backends
+
+    policy = fakes.FakePolicy(fakes.table(1), fakes.table(2), path=str(tiny_model_dir))
+    fake: Any = Room(chat_tokenizer)
+    fake.load_adapter = fake.load_policy = lambda path, **options: policy
+    fake.token_logps = fakes.token_logps
+    monkeypatch.setattr(backends, "get", lambda name: fake)
+    (tmp_path / "goal_scores.py").write_text(SCORES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("Why?\nWhat for?\nSince when?\n")
+    write_adapter(tmp_path / "adapter", Recipe())
+    return fake
+
+
+def write_adapter(folder: Path, recipe: Recipe | None) -> None:
+    folder.mkdir()
+    stored = {"recipe": None if recipe is None else recipe.as_dict()}
+    (folder / "adapter_config.json").write_text(json.dumps({"mlxpref": stored}))
+
+
+def run(*arguments: Any) -> Any:
+    from mlxpref.cli import main
+
+    return CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
+
+
+# --- winrate ---
+
+
+def test_goals_of_one_adapter_against_each_other(room: Room) -> None:
+    """Finds sides mixed up, goals that are not asked for, prompts that a scorer sees with a goal in them."""
+    ran = run("winrate", "adapter@9", "adapter@2", *BY_GOAL, "--json", "w.json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(Path("w.json").read_text())
+    assert (found["rate"], found["n"], found["prompts"], found["places"]) == (1.0, 3, 3, None)
+    assert "score: 9." in found["comparisons"][0]["one"] and "score: 2." in found["comparisons"][0]["other"]
+    assert "100.0%" in ran.stdout
+    turned = run("winrate", "adapter@none", "adapter", *BY_GOAL)
+    assert "0.0%, 0.0%, 100.0%" in turned.stdout
+
+
+def test_files_of_responses_are_matched_to_their_prompts(room: Room, tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps([{"index": i, "text": "abc"[i]} for i in (2, 0, 1)]))
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"output": text}) + "\n" for text in "xyz"))
+    ran = run("winrate", "one.json", "two.jsonl", *BY_GOAL, "--json", "w.json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(Path("w.json").read_text())
+    assert [(one["one"], one["other"]) for one in found["comparisons"]] == [("a", "x"), ("b", "y"), ("c", "z")]
+    assert found["rate"] == 0.5 and found["ties"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"text": "a"}, {"text": "b"}], "1 of 3 prompts have no response"),
+        ([{"text": "a"}, {"text": "b"}, {"answer": "c"}], "no response; one of the columns text"),
+        ([{"text": "a", "index": 7}], "prompt 7, and there are 3"),
+        ([{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": "d", "index": 0}], "prompt 0 has 2 of odd.json and 1"),
+        ({"text": "a"}, "a list of responses is expected"),
+        (["a", "b", "c"], "a row is an object"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(room: Room, tmp_path: Path, rows: Any, words: str) -> None:
+    (tmp_path / "odd.json").write_text(json.dumps(rows))
+    (tmp_path / "even.jsonl").write_text('{"text": "x"}\n' * 3)
+    ran = run("winrate", "odd.json", "even.jsonl", *BY_GOAL)
+    assert ran.exit_code != 0 and words in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--scorer or --judge"),
+        (["--scorer", "goal_scores:goal", "--judge", "m"], "one of them"),
+        (["--judge", "m", "--tie", "1"], "--tie is for --scorer"),
+        (["--scorer", "goal_scores:goal", "--samples", "2"], "temperature 0"),
+        (["--scorer", "goal_scores:nothing"], "there is no nothing"),
+    ],
+)
+def test_options_that_contradict_are_refused_before_a_model_loads(room: Room, arguments: list[str], words: str) -> None:
+    ran = run("winrate", "adapter", "adapter@2", "--prompts", "prompts.txt", *arguments)
+    assert ran.exit_code == 2 and words in ran.stderr and not room.calls
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [("adapter@99", "off this recipe's scale"), ("nothere.json", "cannot be read"), ("./nothere", "")],
+)
+def test_a_side_that_is_not_there_is_refused_before_the_other_is_asked(room: Room, other: str, words: str) -> None:
+    ran = run("winrate", "adapter", other, *BY_GOAL)
+    assert ran.exit_code != 0 and words in ran.stderr and not room.calls
+
+
+def test_a_goal_is_for_an_adapter(room: Room, tiny_model_dir: Path) -> None:
+    ran = run("winrate", f"{tiny_model_dir}@9", "adapter", *BY_GOAL)
+    assert ran.exit_code == 2 and "no adapter folder" in ran.stderr
+
+
+def test_a_model_judges_in_both_orders(room: Room, tiny_model_dir: Path) -> None:
+    ran = run(
+        "winrate", "adapter@9", "adapter@2", "--prompts", "prompts.txt", "--judge", tiny_model_dir, "--json", "w.json"
+    )
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(Path("w.json").read_text())
+    for one in found["comparisons"]:
+        assert one["preference"] == pytest.approx((one["first_shown_first"] + one["first_shown_second"]) / 2)
+    assert 0 < found["places"]["first"] < 1 and "judge prefers the first shown" in ran.stdout
+
+
+# --- the judge ---
+
+
+def judge_of(chat_tokenizer: Any, **options: Any) -> ModelJudge:
+    return ModelJudge(fakes.backend(), fakes.FakePolicy(fakes.table(1), fakes.table(2)), chat_tokenizer, **options)
+
+
+def test_a_verdict_is_the_share_of_one_letter(chat_tokenizer: Any) -> None:
+    """Finds letters or responses swapped, the reference asked. Witness: log-probs by hand of what is read."""
+    prompt = (Message("user", "Is {first} a word?"),)
+    (found,) = judge_of(chat_tokenizer)([prompt], ["yes"], ["no {second}"])
+    text = TEMPLATE.replace("{second}", "no {second}").replace("{first}", "yes")
+    text = text.replace("{conversation}", "Is {first} a word?")
+    ids = encode_prompt((Message("user", text),), chat_tokenizer)
+    of = fakes.table(1)
+    letters = [sum(fakes.by_hand(of, ids, chat_tokenizer.encode(letter, add_special_tokens=False))) for letter in "AB"]
+    assert found == pytest.approx(1 / (1 + math.exp(letters[1] - letters[0])), rel=1e-4)
+
+
+def test_what_a_judge_cannot_read_is_refused(chat_tokenizer: Any) -> None:
+    prompt = (Message("user", "Why?"),)
+    with pytest.raises(DataError, match="cannot read pair 0"):
+        judge_of(chat_tokenizer, max_length=60)([prompt], ["word " * 80], ["no"])
+    with pytest.raises(DataError, match=r"lacks \{second\}"):
+        judge_of(chat_tokenizer, template="{conversation} {first}")
+
+
+# --- control ---
+
+
+def test_a_policy_that_obeys_has_a_rising_curve(room: Room) -> None:
+    ran = run(
+        "control", "prompts.txt", "--adapter-path", "adapter", "--scorer", "goal_scores:goal", "--compare-base",
+        "--json", "c.json", "--picture", "c.png",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(Path("c.json").read_text())
+    assert [one["goal"] for one in found["per_goal"]] == [one["mean"] for one in found["per_goal"]] == [1, 3, 6, 8, 10]
+    assert found["spearman"] == 1 and len(found["samples"]) == 15
+    assert found["base"]["per_goal"][0]["goal"] is None
+    assert Path("c.png").stat().st_size > 1000
+    assert "Spearman" in ran.stdout and "1.00" in ran.stdout
+
+
+def test_one_attribute_is_varied_and_the_others_stay_at_their_top(room: Room, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "two", Recipe(template=ATTRIBUTES_TEMPLATE, attributes=("help", "truth")))
+    ran = run(
+        "control", "prompts.txt", "--adapter-path", "two", "--scorer", "goal_scores:honesty", "--attribute", "truth",
+        "--goals", "2,7", "--json", "c.json",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(Path("c.json").read_text())
+    assert [one["goal"] for one in found["per_goal"]] == [{"help": 10, "truth": 2}, {"help": 10, "truth": 7}]
+    assert [one["mean"] for one in found["per_goal"]] == [2, 7] and found["spearman"]["truth"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--adapter-path", "plain"], "without goals"),
+        (["--adapter-path", "adapter", "--attribute", "truth"], "one score without a name"),
+        (["--adapter-path", "adapter", "--goals", "3,3"], "asked for twice"),
+        (["--adapter-path", "adapter", "--goals", "3,99"], "off this recipe's scale"),
+        (["--adapter-path", "adapter", "--picture", "c.gif"], "png or .svg"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(room: Room, tmp_path: Path, arguments: list[str], words: str) -> None:
+    write_adapter(tmp_path / "plain", None)
+    ran = run("control", "prompts.txt", "--scorer", "goal_scores:goal", *arguments)
+    assert ran.exit_code == 2 and words in ran.stderr and not room.calls
