@@ -41,7 +41,8 @@ def room(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, chat_tokenizer: 
 
     policy = fakes.FakePolicy(fakes.table(1), fakes.table(2), path=str(tiny_model_dir))
     fake: Any = Room(chat_tokenizer)
-    fake.load_adapter = fake.load_policy = lambda path, **options: policy
+    fake.loads = []
+    fake.load_adapter = fake.load_policy = lambda path, **options: fake.loads.append(path) or policy
     fake.token_logps = fakes.token_logps
     monkeypatch.setattr(backends, "get", lambda name: fake)
     (tmp_path / "goal_scores.py").write_text(SCORES)
@@ -93,11 +94,14 @@ def test_files_of_responses_are_matched_to_their_prompts(room: Room, tmp_path: P
     ("rows", "words"),
     [
         ([{"text": "a"}, {"text": "b"}], "1 of 3 prompts have no response"),
-        ([{"text": "a"}, {"text": "b"}, {"answer": "c"}], "no response; one of the columns text"),
+        ([{"text": "a"}, {"text": "b"}, {"answer": "c"}], "no response; a row has one of the columns text"),
         ([{"text": "a", "index": 7}], "prompt 7, and there are 3"),
         ([{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": "d", "index": 0}], "prompt 0 has 2 of odd.json and 1"),
-        ({"text": "a"}, "a list of responses is expected"),
         (["a", "b", "c"], "a row is an object"),
+        ([{"text": "Why?", "response": "a"}] * 3, "columns text, response"),
+        ([{"text": "a"}, {"output": "b"}, {"text": "c"}], "columns text, output"),
+        ([{"text": "a", "goal": 1}, {"text": "b", "goal": 2}, {"text": "c", "goal": 1}], "rows of goal 1, 2"),
+        ([{"text": "a", "instruction": "Else?"}] * 3, "a response to another prompt: 'Else?', not 'Why?'"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(room: Room, tmp_path: Path, rows: Any, words: str) -> None:
@@ -115,20 +119,59 @@ def test_files_that_do_not_fit_are_refused(room: Room, tmp_path: Path, rows: Any
         (["--judge", "m", "--tie", "1"], "--tie is for --scorer"),
         (["--scorer", "goal_scores:goal", "--samples", "2"], "temperature 0"),
         (["--scorer", "goal_scores:nothing"], "there is no nothing"),
+        (["--scorer", "goal_scores:goal", "--tie", "-1"], "0 or more"),
+        (["--scorer", "goal_scores:goal", "--tie", "nan"], "0 or more"),
+        (["--judge", "m", "--judge-template", "prompts.txt"], "lacks {conversation}"),
     ],
 )
 def test_options_that_contradict_are_refused_before_a_model_loads(room: Room, arguments: list[str], words: str) -> None:
     ran = run("winrate", "adapter", "adapter@2", "--prompts", "prompts.txt", *arguments)
-    assert ran.exit_code == 2 and words in ran.stderr and not room.calls
+    assert ran.exit_code != 0 and words in ran.stderr and not room.loads
 
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [("adapter@99", "off this recipe's scale"), ("nothere.json", "cannot be read"), ("./nothere", "")],
+    [("adapter@99", "off this recipe's scale"), ("nothere.json", "cannot be read"), ("./nothere", "no such folder")],
 )
 def test_a_side_that_is_not_there_is_refused_before_the_other_is_asked(room: Room, other: str, words: str) -> None:
     ran = run("winrate", "adapter", other, *BY_GOAL)
-    assert ran.exit_code != 0 and words in ran.stderr and not room.calls
+    assert ran.exit_code != 0 and words in ran.stderr and not room.loads
+
+
+def test_every_kind_of_file_is_read(room: Room, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [{"response": text} for text in "abc"]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.csv").write_text("response\na\nb\nc\n")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.parquet", "a.ndjson", "a.csv", "./a.json"):
+        ran = run("winrate", name, "a.json", *BY_GOAL, "--json", "w.json")
+        assert ran.exit_code == 0, ran.output
+        assert [one["one"] for one in json.loads(Path("w.json").read_text())["comparisons"]] == ["a", "b", "c"]
+    refused = run("winrate", "a.csv", "a.json", *BY_GOAL, "--top-p", "0.9")
+    assert refused.exit_code == 2 and "--top-p: both sides are files" in refused.stderr
+    more = run("winrate", "adapter", "a.json", *BY_GOAL, "--samples", "2", "--temperature", "1")
+    assert more.exit_code != 0 and "prompt 0 has 1 of a.json and 2" in more.stderr and not room.loads
+
+
+def test_what_generate_wrote_is_matched_to_what_was_asked(room: Room) -> None:
+    """Finds prompts compared with the goal that stands before them."""
+    for goal in ("2", "9"):
+        run("generate", "--file", "prompts.txt", "--adapter-path", "adapter", "--goal", goal, "--json", f"{goal}.json")
+    ran = run("winrate", "9.json", "2.json", *BY_GOAL)
+    assert ran.exit_code == 0 and "100.0%, 0.0%, 0.0%" in ran.stdout, ran.output
+    (Path("other.txt")).write_text("Why?\nSince when?\nWhat for?\n")
+    turned = run("winrate", "9.json", "2.json", "--prompts", "other.txt", "--scorer", "goal_scores:goal")
+    assert turned.exit_code != 0 and "to another prompt" in turned.stderr
+
+
+def test_equal_prompts_are_one(room: Room) -> None:
+    Path("prompts.txt").write_text("Why?\nWhat for?\n" * 5)
+    ran = run("winrate", "adapter@9", "adapter@2", *BY_GOAL)
+    assert "10, of 2 prompts" in ran.stdout, ran.output
 
 
 def test_a_goal_is_for_an_adapter(room: Room, tiny_model_dir: Path) -> None:
@@ -142,8 +185,15 @@ def test_a_model_judges_in_both_orders(room: Room, tiny_model_dir: Path) -> None
     )
     assert ran.exit_code == 0, ran.output
     found = json.loads(Path("w.json").read_text())
-    for one in found["comparisons"]:
-        assert one["preference"] == pytest.approx((one["first_shown_first"] + one["first_shown_second"]) / 2)
+    judge = ModelJudge(room, fakes.FakePolicy(fakes.table(1), fakes.table(2)), room.tokenizer)
+    for one, word in zip(found["comparisons"], ("Why?", "What for?", "Since when?"), strict=True):
+        prompt = [(Message("user", word),)]
+        (ahead,), (turned,) = judge(prompt, [one["one"]], [one["other"]]), judge(prompt, [one["other"]], [one["one"]])
+        assert one["first_shown_first"] == pytest.approx(ahead) and one["first_shown_second"] == pytest.approx(
+            1 - turned
+        )
+        assert one["preference"] == pytest.approx((ahead + 1 - turned) / 2)
+    assert 0 < found["letters"] < 0.5 and "seldom answer with a letter" in ran.stderr
     assert 0 < found["places"]["first"] < 1 and "judge prefers the first shown" in ran.stdout
 
 
@@ -211,9 +261,26 @@ def test_one_attribute_is_varied_and_the_others_stay_at_their_top(room: Room, tm
         (["--adapter-path", "adapter", "--goals", "3,3"], "asked for twice"),
         (["--adapter-path", "adapter", "--goals", "3,99"], "off this recipe's scale"),
         (["--adapter-path", "adapter", "--picture", "c.gif"], "png or .svg"),
+        (["--adapter-path", "adapter", "--picture", "c.png", "--goals", "none"], "draws goals"),
+        (["--adapter-path", "adapter", "--goals", "1,,4"], "'' is no number"),
+        (["--adapter-path", "adapter", "--samples", "2", "--temperature", "0"], "temperature 0"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(room: Room, tmp_path: Path, arguments: list[str], words: str) -> None:
     write_adapter(tmp_path / "plain", None)
     ran = run("control", "prompts.txt", "--scorer", "goal_scores:goal", *arguments)
-    assert ran.exit_code == 2 and words in ran.stderr and not room.calls
+    assert ran.exit_code == 2 and words in ran.stderr and not room.loads
+
+
+@pytest.mark.parametrize(
+    ("settings", "goals"),
+    [
+        ({"goal_range": (1, 3), "number_format": 0}, [1, 2, 3]),
+        ({"goal_range": (0.5, 5)}, [0.5, 1.625, 2.75, 3.875, 5]),
+        ({"goal_range": (0, 1234567)}, [0, 308642, 617284, 925925, 1234567]),
+    ],
+)
+def test_goals_that_nobody_named_are_on_the_recipes_scale(settings: dict[str, Any], goals: list[float]) -> None:
+    from mlxpref.cli.control import _goals
+
+    assert _goals(None, None, Recipe(**settings)) == goals

@@ -118,11 +118,33 @@ def test_the_fit_is_that_of_maximum_likelihood() -> None:
 
 def test_a_side_that_always_wins_has_a_rate_near_one() -> None:
     """Finds a fit that never ends, or overflows."""
-    found = win_rate(comparisons_of([1] * 50, [(10 + i, 10) for i in range(50)]))
+    found = win_rate(comparisons_of([1] * 50, [(10 + i % 21, 20) for i in range(50)]))
     assert found.rate == 1 and 0.9 < found.equal_lengths <= 1
     assert found.interval == found.equal_lengths_interval == (pytest.approx(0.929, abs=1e-3), 1)
     lost = win_rate(comparisons_of([0] * 50))
     assert lost.interval == (0, pytest.approx(0.071, abs=1e-3))
+
+
+@pytest.mark.parametrize("lengths", [(200, 1200), (200, 100)], ids=["shorter", "longer"])
+def test_what_cannot_be_told_from_length_is_not_invented(lengths: tuple[int, int]) -> None:
+    """Finds a coefficient shared out between quality and length by nothing but the ridge."""
+    draw = np.random.default_rng(5)
+    spread = (draw.normal(size=(100, 2)) * 10 + lengths).round()
+    found = win_rate(comparisons_of(draw.random(100) < 0.8, spread))
+    assert found.equal_lengths is None and found.equal_lengths_interval is None and found.length_effect is None
+    constant = win_rate(comparisons_of([1, 0, 1, 1] * 20, [lengths] * 80))
+    assert constant.equal_lengths is None and constant.interval is not None
+
+
+def test_intervals_of_few_prompts_are_wide_enough_and_no_wider() -> None:
+    """Finds a plain percentile interval (it covers 0.90 here) and one that says nothing."""
+    draw, covered, widths = np.random.default_rng(6), 0, []
+    for seed in range(400):
+        found = win_rate(comparisons_of(draw.beta(2, 2, 8)), seed=seed, resamples=300)
+        assert found.interval is not None
+        covered += found.interval[0] <= 0.5 <= found.interval[1]
+        widths.append(found.interval[1] - found.interval[0])
+    assert covered / 400 >= 0.92 and np.mean(widths) < 0.4
 
 
 def test_equal_lengths_change_nothing() -> None:

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("mlxpref.cli.train", "Train an adapter on preferences."),
     "ablate": ("mlxpref.cli.ablate", "Compare runs with some settings varied, over several seeds."),
     "evaluate": ("mlxpref.cli.evaluate", "Measure an adapter, or a model without one, on pairs."),
-    "control": ("mlxpref.cli.control", "Ask for several qualities, and score what is answered."),
+    "control": ("mlxpref.cli.control", "Ask for several qualities, and score what is written."),
     "winrate": ("mlxpref.cli.winrate", "How often one policy's responses are preferred to another's."),
     "generate": ("mlxpref.cli.generate", "Answer prompts at one or several goals."),
     "merge": ("mlxpref.cli.merge", "Combine adapters into one, or carry one further."),

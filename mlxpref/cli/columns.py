@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from mlxpref import backends
 from mlxpref.cli import console
+from mlxpref.cli.policies import machine_options
 from mlxpref.cli.sources import Reading, source_options
 from mlxpref.columns import COLUMNS, SCORES, Added, Wanted, add_columns
 from mlxpref.data.relabelled import is_relabelled
@@ -125,18 +125,7 @@ sums of nats over a response's tokens, its end token included, cut as --max-leng
     metavar="REV",
     help="Branch, tag or commit of a --model on the hub; an adapter names its own.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of unquantised weights.  [default: the checkpoint's, on a CPU float32]",
-)
-@click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help=f"What computes: {', '.join(('auto', *backends.NAMES))}.",
-)
+@machine_options
 def command(data: str, out: Path, reading: Reading, store: Path | None, no_store: bool, **options: Any) -> None:
     """Compute columns that objectives need, and write DATA again with them.
 

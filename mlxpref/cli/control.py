@@ -12,13 +12,13 @@ import numpy as np
 
 from mlxpref import facts
 from mlxpref.cli import console
-from mlxpref.cli.policies import Opened, open_policy, policy_options
+from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
 from mlxpref.cli.sampling import sampling, sampling_options
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
 from mlxpref.evaluate import Achieved, ControlCurve, as_curve, control_curve
 from mlxpref.files import write_text
-from mlxpref.generate import Question, parse_goal, read_questions
+from mlxpref.generate import NO_GOAL, Question, read_questions
 from mlxpref.records import Goal
 from mlxpref.report.canvas import picture_format
 from mlxpref.report.pictures import Line, draw_control_curve
@@ -42,7 +42,7 @@ N_GOALS = 5
     "--scorer",
     required=True,
     metavar="MODULE:FUNCTION",
-    help="Says how good answers are: two lists, prompts and texts, in; one number for each out.",
+    help="Says how good responses are: two lists, prompts and texts, in; one number for each out.",
 )
 @click.option(
     "--goals",
@@ -56,47 +56,53 @@ N_GOALS = 5
 )
 @click.option(
     "--samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-    help="Answers to each prompt at each goal.",
+    help="Responses to each prompt at each goal.",
 )  # fmt: skip
-@click.option("--top", type=float, metavar="X", help="Also the share of answers that score this much or more.")
+@click.option("--top", type=float, metavar="X", help="Also the share of responses that score this much or more.")
 @click.option("--compare-base", is_flag=True, help="Ask the base, too, without a goal.")
 @sampling_options(temperature=0.7)
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve here, .png or .svg.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path),
-    help="Write figures and all answers here.",
+    help="Write figures and all responses here.",
 )  # fmt: skip
 def command(
     prompts: Path, adapter_path: str | None, model: str | None, revision: str | None, dtype: str | None,
     recipe_path: str | None, backend: str, **options: Any,
 ) -> None:  # fmt: skip
-    """Ask a policy for several qualities, and score what it answers.
+    """Ask a policy for several qualities, and score what it writes.
 
     PROMPTS is a text file with a prompt in each line, or rows with a column prompt (or messages). Prompts that were
     not trained on tell more. Intervals are of the mean over prompts like these.
     """
     if options["picture"] is not None:
         picture_format(options["picture"])
+    if options["compare_base"] and adapter_path is None:
+        raise UsageError("--compare-base needs --adapter-path: there is no adapter to leave out")
+    if options["samples"] > 1 and options["temperature"] == 0:
+        raise UsageError("at temperature 0 all samples of a prompt are the same; give --temperature, or one sample")
     questions, scorer = read_questions(prompts), load_scorer(options["scorer"])
+    recipe = named_recipe(adapter_path, recipe_path, model=model)
+    if recipe is None:
+        raise UsageError("this policy was trained without goals; --recipe asks with another's")
+    goals = _goals(options["goals"], options["attribute"], recipe)
+    if options["picture"] is not None and None in goals:
+        raise UsageError("--picture draws goals; leave none out of --goals (--compare-base draws the base)")
     opened = open_policy(
         adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
         recipe_path=recipe_path, backend=backend,
     )  # fmt: skip
-    if opened.recipe is None:
-        raise UsageError("this policy was trained without goals; --recipe asks with another's")
-    if options["compare_base"] and not opened.has_adapter:
-        raise UsageError("--compare-base needs --adapter-path: there is no adapter to leave out")
-    goals = _goals(options["goals"], options["attribute"], opened.recipe)
-    found = _asked(questions, goals, scorer, opened, options, "answers", adapter=True)
+    found = _asked(questions, goals, scorer, opened, options, "responses", adapter=True)
     base = None
     if options["compare_base"]:
-        base = _asked(questions, [None], scorer, opened, options, "answers of the base", adapter=False)
+        base = _asked(questions, [None], scorer, opened, options, "responses of the base", adapter=False)
     _show(found, base, scorer, options["top"])
-    if options["picture"] is not None:
-        _draw(found, base, scorer, opened.recipe, options)
     if options["json_file"] is not None:
-        about = _record(found, base, prompts, adapter_path, opened, options)
+        named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
+        about = {**_record(found, base, prompts, opened, options), **named}
         write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    if options["picture"] is not None:
+        _draw(found, base, scorer, recipe, options)
 
 
 def _goals(text: str | None, attribute: str | None, recipe: Recipe) -> list[Goal | None]:
@@ -104,18 +110,33 @@ def _goals(text: str | None, attribute: str | None, recipe: Recipe) -> list[Goal
     if attribute is not None and attribute not in recipe.attributes:
         named = ", ".join(recipe.attributes) or "one score without a name"
         raise UsageError(f"--attribute {attribute}: the recipe has {named}")
-    if text is None:
-        goals = np.linspace(*recipe.goal_range, N_GOALS)
-        whole = np.ptp(goals) >= N_GOALS - 1  # as most scores are
-        texts = [f"{goal:g}" for goal in (goals.round() if whole else goals)]
-    else:
-        texts = [part.strip() for part in text.split(",")]
-    if attribute is None:
-        return [parse_goal(part, recipe) for part in texts]
-    top = recipe.top_goal
-    assert isinstance(top, Mapping)
-    others = ",".join(f"{name}={value:g}" for name, value in top.items() if name != attribute)
-    return [parse_goal(",".join(filter(None, (f"{attribute}={part}", others))), recipe) for part in texts]
+    values = _spread(recipe) if text is None else [_number(part.strip()) for part in text.split(",")]
+    if len(set(values)) < len(values):
+        raise UsageError(f"--goals {text}: one of them is asked for twice; each once is enough")
+    if not recipe.attributes:
+        return [None if value is None else recipe.check_goal(value) for value in values]
+    kept = {} if attribute is None else recipe.top_goal
+    assert isinstance(kept, Mapping)
+    varied = recipe.attributes if attribute is None else (attribute,)
+    return [None if value is None else recipe.check_goal({**kept, **dict.fromkeys(varied, value)}) for value in values]
+
+
+def _spread(recipe: Recipe) -> list[float | None]:
+    """Goals over the whole range, whole numbers where its ends are some and far enough apart, as most scores are."""
+    low, high = recipe.goal_range
+    values = np.linspace(low, high, N_GOALS)
+    if high - low >= N_GOALS - 1 and float(low).is_integer() and float(high).is_integer():
+        values = values.round()
+    if recipe.number_format is not None:
+        values = values.round(recipe.number_format)
+    return [float(value) for value in np.unique(values)]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return None if text == NO_GOAL else float(text)
+    except ValueError as error:
+        raise UsageError(f"--goals: {text!r} is no number; write for example --goals 1,4,7,10") from error
 
 
 def _asked(
@@ -136,14 +157,14 @@ def _show(found: ControlCurve, base: ControlCurve | None, scorer: Scorer, top: f
         named += [("base, without a goal", one) for one in base.per_goal]
     shares = () if top is None else (f"{top:g} or more",)
     console.table(
-        ("asked for", "score", "95 % interval", "80 % of answers", *shares, "words", "different"),
+        ("asked for", "score", "95 % interval", "80 % of responses", *shares, "words", "different"),
         [_row(name, one) for name, one in named],
-        title=f"{scorer_name(scorer)}: {len(found.samples)} answers to {found.per_goal[0].prompts} prompts",
+        title=f"{scorer_name(scorer)}: {len(found.samples)} responses to {found.per_goal[0].prompts} prompts",
     )
     correlations = found.spearman if isinstance(found.spearman, Mapping) else {"": found.spearman}
     for name, value in correlations.items():
         if value is not None:
-            console.say(f"Spearman of goal{f' ({name})' if name else ''} and score, single answers: {value:.2f}")
+            console.say(f"Spearman of goal{f' ({name})' if name else ''} and score, single responses: {value:.2f}")
 
 
 def _row(name: str, one: Achieved) -> tuple[Any, ...]:
@@ -162,22 +183,21 @@ def _draw(
         [as_curve("policy", found.per_goal, attribute=attribute)], options["picture"],
         title=f"What is asked for, and what is achieved ({', '.join(said)})",
         lines=[] if base is None else [Line("base, without a goal", one.mean) for one in base.per_goal],
-        scale=recipe.goal_range, as_asked=False, y_label=f"{scorer_name(scorer)} of the answers",
+        scale=recipe.goal_range, as_asked=False, y_label=f"{scorer_name(scorer)} of the responses",
     )  # fmt: skip
 
 
 def _record(
-    found: ControlCurve, base: ControlCurve | None, prompts: Path, adapter_path: str | None, opened: Opened,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    found: ControlCurve, base: ControlCurve | None, prompts: Path, opened: Opened, options: Mapping[str, Any]
+) -> dict[str, Any]:
     kept = {key: value for key, value in options.items() if key not in ("json_file", "picture")}
     return {
         **found.as_record(),
         "base": None if base is None else base.as_record(),
         "samples": [sample.as_record() for sample in found.samples],
         "prompts_file": str(prompts),
-        "adapter": adapter_path,
         "model": str(opened.policy.path),
+        "device": opened.backend.device_info(),
         "options": kept,
         "commit": facts.commit(),
         "versions": facts.versions(),

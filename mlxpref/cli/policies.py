@@ -42,7 +42,8 @@ class Opened:
 
 
 def policy_options(command: F) -> F:
-    """The options that say which policy."""
+    """The options that say which policy, and what computes it."""
+    command = machine_options(command)
     for option in reversed(
         (
             click.option("--adapter-path", metavar="FOLDER", help="Adapter or run folder."),
@@ -58,15 +59,25 @@ def policy_options(command: F) -> F:
                 help="Branch, tag or commit of a --model on the hub; an adapter names its own.",
             ),
             click.option(
-                "--dtype",
-                type=click.Choice(["float32", "float16", "bfloat16"]),
-                help="Of unquantised weights.  [default: the checkpoint's, on a CPU float32]",
-            ),
-            click.option(
                 "--recipe",
                 "recipe_path",
                 metavar="PATH",
                 help="Where the words for goals are: adapter, relabelled folder, recipe.json.  [default: the adapter]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def machine_options(command: F) -> F:
+    """The options that say what computes, and how exactly."""
+    for option in reversed(
+        (
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "float16", "bfloat16"]),
+                help="Of unquantised weights.  [default: the checkpoint's, on a CPU float32]",
             ),
             click.option(
                 "--backend",
@@ -103,9 +114,7 @@ def open_policy(
     if adapter_path is not None:
         adapter_path = str(as_mlx_folder(adapter_path, model=model))
     facts = {} if adapter_path is None else adapter_facts(adapter_path)
-    recipe = None if adapter_path is None else adapter_recipe(adapter_path)
-    if recipe_path is not None:
-        recipe = recipe_of(Path(recipe_path))
+    recipe = named_recipe(adapter_path, recipe_path)
     room = backends.get(backend)
     if adapter_path is not None:
         policy = room.load_adapter(adapter_path, model_path=model, dtype=dtype)
@@ -119,6 +128,13 @@ def open_policy(
         console.warn(text)
     tokenizer = load_tokenizer(str(policy.path))
     return Opened(room, policy, tokenizer, adapter_path is not None, facts, recipe)
+
+
+def named_recipe(adapter_path: str | None, recipe_path: str | None, *, model: str | None = None) -> Recipe | None:
+    """The recipe that goes with these options, before anything is loaded; None without goals."""
+    if recipe_path is not None:
+        return recipe_of(Path(recipe_path))
+    return None if adapter_path is None else adapter_recipe(as_mlx_folder(adapter_path, model=model))
 
 
 def recipe_of(path: Path) -> Recipe:

@@ -34,7 +34,7 @@ def sampling_options(temperature: float) -> Callable[[F], F]:
             help="Sample within this share of the probability.",
         ),
         click.option(
-            "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens of an answer at most."
+            "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens of a response at most."
         ),
         click.option(
             "--seed", type=int, default=0, show_default=True, metavar="N", help="Decides what sampling draws."

@@ -1,4 +1,4 @@
-"""``mlxpref winrate``: which of two policies, or files of responses, answers better."""
+"""``mlxpref winrate``: which of two policies, or files of responses, writes the better ones."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
 
-from mlxpref import backends, facts
+from mlxpref import facts
 from mlxpref.cli import console
-from mlxpref.cli.policies import open_policy
+from mlxpref.cli.policies import machine_options, named_recipe, open_policy
 from mlxpref.cli.sampling import KEYS, sampling, sampling_options
-from mlxpref.conversion import as_mlx_folder
+from mlxpref.data.recipe import Recipe
 from mlxpref.errors import UsageError
-from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge
-from mlxpref.evaluate.sides import Paired, Side, pair_up, read_side
+from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge, check_template
+from mlxpref.evaluate.sides import Paired, Side, is_file, pair_up, read_side
 from mlxpref.evaluate.winrates import WinRate, win_rate
 from mlxpref.files import write_text
-from mlxpref.generate import Question, adapter_recipe, ask_all, generate, parse_goal, read_questions
+from mlxpref.generate import NO_GOAL, Question, ask_all, generate, parse_goal, read_questions
 from mlxpref.hub import model_folder
 from mlxpref.rewards.judges import Verdict, both_orders, by_score
 from mlxpref.rewards.scorer import load_scorer
@@ -32,7 +33,8 @@ Example:
   mlxpref winrate ra-dpo.json dpo.json --prompts prompts.jsonl --judge judge-model --json winrate.json
 """
 
-FILES = (".json", ".jsonl", ".parquet")
+LETTERS_AT_LEAST = 0.5
+"""Median probability of a letter below which a judge is warned of."""
 
 
 @click.command(epilog=EPILOG)
@@ -63,25 +65,15 @@ FILES = (".json", ".jsonl", ".parquet")
     help="Responses of a policy to each prompt.",
 )
 @sampling_options(temperature=0.0)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of unquantised weights.  [default: the checkpoint's, on a CPU float32]",
-)
-@click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help=f"What computes: {', '.join(('auto', *backends.NAMES))}.",
-)
+@machine_options
 @click.option(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write figures, responses and verdicts here.",
 )
-def command(one: str, other: str, prompts: Path, **options: Any) -> None:
+@click.pass_context
+def command(context: click.Context, one: str, other: str, prompts: Path, **options: Any) -> None:
     """How often responses of ONE are preferred to those of OTHER.
 
     Each is a file of responses (JSON, JSONL or Parquet, in the order of the prompts), an adapter folder, asked for
@@ -91,22 +83,25 @@ def command(one: str, other: str, prompts: Path, **options: Any) -> None:
     _check(options)
     questions = read_questions(prompts)
     scorer = None if options["scorer"] is None else load_scorer(options["scorer"])
-    template = TEMPLATE if options["judge_template"] is None else options["judge_template"].read_text(encoding="utf-8")
+    template = _template(options["judge_template"])
     if options["judge"] is not None:
         model_folder(options["judge"], weights=False)
-    named = [_named(name, len(questions)) for name in (one, other)]
+    named = [_named(name, questions) for name in (one, other)]
+    _check_sampling(named, questions, context)
     first, second = (_asked(side, questions, options) for side in named)
     paired = pair_up(first, second, questions)
     asked = [questions[index].prompt for index in paired.index]
+    about: dict[str, Any] = {}
     if scorer is not None:
         verdicts = by_score(scorer, asked, paired.ones, paired.others, tie=options["tie"])
     else:
-        verdicts = _judged(asked, paired, template, options)
+        verdicts, about = _judged(asked, paired, template, options)
     found = win_rate(paired.comparisons(verdicts), places=scorer is None, seed=options["seed"])
-    _show(found, one, other)
+    _show(found, one, other, about.get("letters"))
     if options["json_file"] is not None:
-        about = _record(found, paired, verdicts, one, other, prompts, options)
-        write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        sides = {"one": _about(one, named[0]), "other": _about(other, named[1]), "prompts_file": str(prompts)}
+        record = {**_record(found, paired, verdicts, options), **sides, **about}
+        write_text(options["json_file"], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -114,10 +109,41 @@ def _check(options: dict[str, Any]) -> None:
         raise UsageError("who says which response is better? Give --scorer or --judge, one of them")
     if options["judge"] is None and options["judge_template"] is not None:
         raise UsageError("--judge-template is for --judge")
+    if not options["tie"] >= 0:
+        raise UsageError(f"--tie {options['tie']:g}: it is a distance of scores, 0 or more")
     if options["scorer"] is None and options["tie"]:
         raise UsageError("--tie is for --scorer; a judge's probabilities near a half count as such")
     if options["samples"] > 1 and options["temperature"] == 0:
         raise UsageError("at temperature 0 all samples of a prompt are the same; give --temperature, or one sample")
+
+
+def _template(file: Path | None) -> str:
+    """What a judge is asked, checked."""
+    if file is None:
+        return TEMPLATE
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--judge-template {file}: cannot be read ({error})") from error
+    check_template(text)
+    return text
+
+
+def _check_sampling(named: Sequence[Side | _Named], questions: Sequence[Question], context: click.Context) -> None:
+    """Options of sampling act on sides that are asked; a file beside one has as many responses to each prompt."""
+    files = [side for side in named if isinstance(side, Side)]
+    given = [
+        f"--{key.replace('_', '-')}"
+        for key in (*KEYS, "samples")
+        if key != "seed" and context.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT
+    ]
+    if len(files) == 2:
+        if given:
+            raise UsageError(f"{', '.join(given)}: both sides are files, nothing is sampled")
+        pair_up(files[0], files[1], questions)
+    elif files:
+        n = context.params["samples"]
+        pair_up(files[0], Side("the other side", (("",) * n,) * len(questions)), questions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +156,38 @@ class _Named:
     goal: str | None
 
 
-def _named(name: str, n_prompts: int) -> Side | _Named:
+def _named(name: str, questions: Sequence[Question]) -> Side | _Named:
     """A side as the command line names it, checked as far as that goes without loading a model."""
-    if name.endswith(FILES) and not Path(name).is_dir():
-        return read_side(Path(name), n_prompts)
-    where, _, goal = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    if is_file(name):
+        return read_side(Path(name), questions)
+    where, at, goal = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    if at and not goal:
+        raise UsageError(f"{name}: there is no goal after @; write for example {where}@top")
     if (Path(where) / "adapter_config.json").is_file():
         if goal:
-            parse_goal(goal, adapter_recipe(as_mlx_folder(where)))
+            _check_goal(name, goal, named_recipe(where, None))
         return _Named(name, where, None, goal or None)
     if goal:
         raise UsageError(f"{name}: {where} is no adapter folder; a goal after @ is for one")
     model_folder(where, weights=False)
     return _Named(name, None, where, None)
+
+
+def _check_goal(name: str, goal: str, recipe: Recipe | None) -> None:
+    if recipe is None and goal != NO_GOAL:
+        raise UsageError(f"{name}: this adapter was trained without goals; leave @{goal} out")
+    parse_goal(goal, recipe)
+
+
+def _about(name: str, side: Side | _Named) -> dict[str, Any]:
+    """What made a side."""
+    if isinstance(side, Side):
+        return {"name": name, "file": name}
+    recipe = None if side.adapter is None else named_recipe(side.adapter, None)
+    return {
+        "name": name, "adapter": side.adapter, "model": side.model, "goal": side.goal,
+        "recipe": None if recipe is None else recipe.as_dict(),
+    }  # fmt: skip
 
 
 def _asked(side: Side | _Named, questions: Sequence[Question], options: dict[str, Any]) -> Side:
@@ -163,14 +208,19 @@ def _asked(side: Side | _Named, questions: Sequence[Question], options: dict[str
     return Side.of(side.name, answers, len(questions))
 
 
-def _judged(asked: Sequence[Any], paired: Paired, template: str, options: dict[str, Any]) -> list[Verdict]:
+def _judged(
+    asked: Sequence[Any], paired: Paired, template: str, options: dict[str, Any]
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """Verdicts, and what made them; "letters" is the median probability that the judge answers with a letter."""
     opened = open_policy(
         adapter_path=None, model=options["judge"], revision=None, dtype=options["dtype"], recipe_path=None,
         backend=options["backend"],
     )  # fmt: skip
     with console.progress("verdicts", 2 * len(asked)) as at:
         judge = ModelJudge(opened.backend, opened.policy, opened.tokenizer, template=template, on_progress=_twice(at))
-        return both_orders(judge, asked, paired.ones, paired.others)
+        verdicts = both_orders(judge, asked, paired.ones, paired.others)
+    about = {"letters": median(judge.letters), "judge_template": template, "device": opened.backend.device_info()}
+    return verdicts, about
 
 
 def _twice(at: Callable[[int], None]) -> Callable[[int, int], None]:
@@ -186,8 +236,10 @@ def _twice(at: Callable[[int], None]) -> Callable[[int, int], None]:
     return on_progress
 
 
-def _show(found: WinRate, one: str, other: str) -> None:
-    def share(value: float, interval: tuple[float, float] | None = None) -> str:
+def _show(found: WinRate, one: str, other: str, letters: float | None) -> None:
+    def share(value: float | None, interval: tuple[float, float] | None = None) -> str:
+        if value is None:
+            return "unknown: one side's responses are always the longer ones"
         within = "" if interval is None else f"  ({interval[0]:.1%} to {interval[1]:.1%})"
         return f"{value:.1%}{within}"
 
@@ -202,33 +254,35 @@ def _show(found: WinRate, one: str, other: str) -> None:
         rows += [
             ("judge prefers the first shown", share(found.places.first, found.places.interval)),
             ("judge agrees with itself", share(found.places.agreement)),
+            ("judge answers with a letter", share(letters)),
         ]
     console.table(("", "95 % interval in brackets"), rows, title=f"{one} against {other}")
     console.note(_sentence(found, one, other))
+    if letters is not None and letters < LETTERS_AT_LEAST:
+        console.warn(
+            f"the judge would seldom answer with a letter ({letters:.1%}): a poor judge, or a template not for it"
+        )
 
 
 def _sentence(found: WinRate, one: str, other: str) -> str:
     """What may be concluded."""
-    if found.equal_lengths_interval is None:
+    if found.interval is None:
         return "one prompt says nothing of others"
-    low, high = found.equal_lengths_interval
+    where = "whatever their length" if found.equal_lengths is None else "at equal length"
+    low, high = found.equal_lengths_interval or found.interval
     if low <= 0.5 <= high:
-        return f"at equal length {one} and {other} cannot be told apart by these prompts"
+        return f"{where}, {one} and {other} cannot be told apart by these prompts"
     better, worse = (one, other) if low > 0.5 else (other, one)
+    if found.equal_lengths is None:
+        return f"{better} is preferred to {worse}; whether for its length cannot be told"
     return f"at equal length {better} is preferred to {worse}"
 
 
-def _record(
-    found: WinRate, paired: Paired, verdicts: Sequence[Verdict], one: str, other: str, prompts: Path,
-    options: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+def _record(found: WinRate, paired: Paired, verdicts: Sequence[Verdict], options: dict[str, Any]) -> dict[str, Any]:
     pairs = zip(paired.index, paired.ones, paired.others, verdicts, strict=True)
     keys = ("scorer", "tie", "judge", "samples", *KEYS, "backend", "dtype")
     return {
         **found.as_record(),
-        "one": one,
-        "other": other,
-        "prompts_file": str(prompts),
         "options": {key: options[key] for key in keys},
         "commit": facts.commit(),
         "versions": facts.versions(),

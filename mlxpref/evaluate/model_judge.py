@@ -37,6 +37,13 @@ FIELDS = ("{conversation}", "{first}", "{second}")
 _FIELD = re.compile(r"\{(conversation|first|second)\}")
 
 
+def check_template(template: str) -> None:
+    """DataError if the judge would not be shown everything."""
+    missing = [field for field in FIELDS if field not in template]
+    if missing:
+        raise DataError(f"the judge's template lacks {', '.join(missing)}")
+
+
 class ModelJudge:
     """A judge whose verdict is P(A) / (P(A) + P(B)), read off one forward pass for each pair.
 
@@ -46,6 +53,9 @@ class ModelJudge:
         max_length: tokens of a pair at most; a longer one is an error, since a judge should not guess at what it
             was not shown.
         on_progress: called with (pairs judged, pairs).
+
+    Attributes:
+        letters: of each pair judged so far P(A) + P(B): how likely the model is to give a verdict at all.
 
     Raises:
         DataError: a template without its fields; when judging, a pair that is too long.
@@ -61,11 +71,10 @@ class ModelJudge:
         max_length: int = 8192,
         on_progress: Callable[[int, int], None] | None = None,
     ):
-        missing = [field for field in FIELDS if field not in template]
-        if missing:
-            raise DataError(f"the judge's template lacks {', '.join(missing)}")
+        check_template(template)
         self._backend, self._policy, self._tokenizer = backend, policy, tokenizer
         self._template, self._max_length, self._on_progress = template, max_length, on_progress
+        self.letters: list[float] = []
 
     def __call__(
         self, prompts: Sequence[Prompt], shown_first: Sequence[str], shown_second: Sequence[str]
@@ -76,7 +85,10 @@ class ModelJudge:
         ]
         logps = policy_logps(rows, self._backend, self._policy, on_progress=self._on_progress)
         sums = np.array([[float(np.sum(of_letter, dtype=np.float64)) for of_letter in of_row] for of_row in logps])
-        return (1 / (1 + np.exp(np.clip(sums[:, 1] - sums[:, 0], -700, 700)))).tolist() if rows else []
+        if not rows:
+            return []
+        self.letters += np.exp(sums).sum(1).tolist()
+        return (1 / (1 + np.exp(np.clip(sums[:, 1] - sums[:, 0], -700, 700)))).tolist()
 
     def _row(self, place: int, prompt: Prompt, first: str, second: str) -> Tokenized:
         shown = {"conversation": _written(prompt), "first": first.strip(), "second": second.strip()}

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxpref.data.readers import READERS, ending
+from mlxpref.data.rowfiles import read_rows
 from mlxpref.errors import DataError
 from mlxpref.evaluate.winrates import Comparison
 from mlxpref.generate import Answer, Question
 from mlxpref.rewards.judges import Verdict
+
+PARQUET = ".parquet"
 
 COLUMNS = ("text", "response", "output", "completion")
 """Where a file's rows have their response: of ``generate --json``, AlpacaEval's outputs, and others."""
@@ -36,48 +39,72 @@ class Side:
         return cls(name, _by_prompt([(answer.asked.index, answer.text) for answer in answers], n_prompts))
 
 
-def read_side(file: Path, n_prompts: int) -> Side:
-    """Responses of a file: JSON (a list), JSONL or Parquet rows with one of ``COLUMNS``; ``index``, where rows have
-    it, says which prompt is meant, else they are in the order of the prompts.
+def read_side(file: Path, questions: Sequence[Question]) -> Side:
+    """Responses of a file of rows, each with one of ``COLUMNS``; ``index``, where rows have it, says which question is
+    meant, else they are in the order of the questions. Where rows have their prompt, it has to be the question's.
 
     Raises:
-        DataError: the file cannot be read, a row has no response, or prompts have none.
+        DataError: the file cannot be read, a row has no response, or one to another prompt; questions have none; rows
+            of several goals, or of an adapter and its base, lie in one file.
     """
+    rows = _rows(file)
+    columns = [name for name in COLUMNS if any(name in row for _, row in rows)]
+    if len(columns) > 1:
+        raise DataError(f"{file}: columns {', '.join(columns)}; which holds the responses? Leave one of them")
     found = []
-    for place, (where, row) in enumerate(_rows(file)):
-        column = next((name for name in COLUMNS if isinstance(row.get(name), str)), None)
-        if column is None:
-            raise DataError(f"{where}: no response; one of the columns {', '.join(COLUMNS)} is text")
+    for place, (where, row) in enumerate(rows):
+        text = row.get(columns[0]) if columns else None
+        if not isinstance(text, str):
+            raise DataError(f"{where}: no response; a row has one of the columns {', '.join(COLUMNS)}, a text")
         index = row.get("index", place)
-        if not isinstance(index, int) or not 0 <= index < n_prompts:
-            raise DataError(f"{where}: prompt {index!r}, and there are {n_prompts} prompts (counted from 0)")
-        found.append((index, row[column]))
-    texts = _by_prompt(found, n_prompts)
+        if not isinstance(index, int) or not 0 <= index < len(questions):
+            raise DataError(f"{where}: prompt {index!r}, and there are {len(questions)} prompts (counted from 0)")
+        _check_prompt(where, row, questions[index])
+        found.append((index, text))
+    _check_alike(file, rows)
+    texts = _by_prompt(found, len(questions))
     without = [place for place, own in enumerate(texts) if not own]
     if without:
         some = ", ".join(map(str, without[:5])) + (", …" if len(without) > 5 else "")
-        raise DataError(f"{file}: {len(without)} of {n_prompts} prompts have no response (prompts {some})")
+        raise DataError(f"{file}: {len(without)} of {len(questions)} prompts have no response (prompts {some})")
     return Side(file.name, texts)
+
+
+def is_file(name: str) -> bool:
+    """Whether a side is named by a file of responses, there or not."""
+    return Path(name).is_file() or (ending(Path(name)) in (*READERS, PARQUET) and not Path(name).is_dir())
 
 
 def _rows(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
     kind = ending(file)
-    if kind == ".json":
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: cannot be read ({error})") from error
-        if not isinstance(rows, list):
-            raise DataError(f"{file}: a list of responses is expected, not {type(rows).__name__}")
-        numbered = [(f"{file.name}:{place}", row) for place, row in enumerate(rows, 1)]
-    elif kind in READERS:
-        numbered = list(READERS[kind](file))
-    else:
-        raise DataError(f"{file}: cannot tell the kind of file by its name; known endings are {', '.join(READERS)}")
+    if kind not in (*READERS, PARQUET):
+        known = ", ".join((*READERS, PARQUET))
+        raise DataError(f"{file}: cannot tell the kind of file by its name; known endings are {known}")
+    numbered = list(read_rows(file) if kind == PARQUET else READERS[kind](file))
     wrong = next((where for where, row in numbered if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise DataError(f'{wrong}: a row is an object with a response, such as {{"text": "…"}}')
     return numbered
+
+
+def _check_prompt(where: str, row: Mapping[str, Any], question: Question) -> None:
+    """A goal may stand before what was asked, so only the end is compared."""
+    given = row.get("prompt", row.get("instruction"))
+    if isinstance(given, list):
+        given = next((turn["content"] for turn in reversed(given) if turn.get("role") == "user"), None)
+    if not isinstance(given, str):
+        return
+    asked = next((turn.content for turn in reversed(question.prompt) if turn.role == "user"), "")
+    if not given.strip().endswith(asked.strip()):
+        raise DataError(f"{where}: a response to another prompt: {given.strip()[-60:]!r}, not {asked.strip()[-60:]!r}")
+
+
+def _check_alike(file: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    for name in ("goal", "adapter"):
+        values = {json.dumps(row[name], sort_keys=True) for _, row in rows if name in row}
+        if len(values) > 1:
+            some = ", ".join(sorted(values)[:5])
+            raise DataError(f"{file}: rows of {name} {some} in one file; a side is one policy with one goal")
 
 
 def _by_prompt(found: Sequence[tuple[int, str]], n_prompts: int) -> tuple[tuple[str, ...], ...]:
@@ -93,17 +120,19 @@ class Paired:
 
     Attributes:
         index: of each pair's prompt.
+        unit: the same, of equal prompts that of the first: their pairs are drawn together.
         ones, others: the texts.
     """
 
     index: tuple[int, ...]
+    unit: tuple[int, ...]
     ones: tuple[str, ...]
     others: tuple[str, ...]
 
     def comparisons(self, verdicts: Sequence[Verdict]) -> list[Comparison]:
         """With what was said of each."""
         lengths = [(len(one), len(other)) for one, other in zip(self.ones, self.others, strict=True)]
-        return [Comparison(*each) for each in zip(self.index, verdicts, lengths, strict=True)]
+        return [Comparison(*each) for each in zip(self.unit, verdicts, lengths, strict=True)]
 
 
 def pair_up(one: Side, other: Side, questions: Sequence[Question]) -> Paired:
@@ -120,6 +149,11 @@ def pair_up(one: Side, other: Side, questions: Sequence[Question]) -> Paired:
             f"{len(uneven)} of {len(questions)} prompts have more responses of one side: prompt {place} has {a} of "
             f"{one.name} and {b} of {other.name}; give as many of both (--samples)"
         )
+    first: dict[Any, int] = {}
+    words = [tuple((turn.role, turn.content) for turn in question.prompt) for question in questions]
+    for place, said in enumerate(words):
+        first.setdefault(said, place)
     index = [place for place, (a, _) in enumerate(counts) for _ in range(a)]
+    unit = [first[words[place]] for place in index]
     ones, others = ([text for own in side.texts for text in own] for side in (one, other))
-    return Paired(tuple(index), tuple(ones), tuple(others))
+    return Paired(tuple(index), tuple(unit), tuple(ones), tuple(others))

@@ -22,6 +22,10 @@ VERSION = 1
 RIDGE = 0.01
 """Weight of both coefficients' squares beside the sum of log-losses, so that a fit ends where one side wins all."""
 
+OVERLAP = 0.05
+"""Share of comparisons in which either side's response is the longer one, or as long, from which on length can be told
+from quality."""
+
 TIE = 1e-9
 """How near to ½ a verdict is a tie."""
 
@@ -66,9 +70,10 @@ class WinRate:
         rate: mean preference; a tie counts ½.
         interval: None for one prompt, as is the other.
         wins, ties, losses: shares of the comparisons; where the two orders of a judge disagree, it is a tie.
-        equal_lengths: the rate that a logistic regression expects of responses of equal length.
+        equal_lengths: the rate that a logistic regression expects of responses of equal length; None where one side's
+            are (nearly) always the longer ones, so that length and quality cannot be told apart.
         equal_lengths_interval: of that.
-        length_effect: φ of the regression: log-odds of a response longer by far.
+        length_effect: φ of the regression: log-odds of a response longer by far; None likewise.
         lengths: mean characters of both sides' responses.
         places: None where no judge saw two responses at once.
     """
@@ -80,9 +85,9 @@ class WinRate:
     wins: float
     ties: float
     losses: float
-    equal_lengths: float
+    equal_lengths: float | None
     equal_lengths_interval: Interval | None
-    length_effect: float
+    length_effect: float | None
     lengths: tuple[float, float]
     places: Places | None
 
@@ -113,7 +118,9 @@ def win_rate(
     preferred = np.array([one.verdict.preference for one in comparisons])
     prompts = [one.prompt for one in comparisons]
     lengths = np.array([one.lengths for one in comparisons], np.float64)
-    longer = standardised(lengths[:, 0] - lengths[:, 1])
+    gaps = lengths[:, 0] - lengths[:, 1]
+    overlap = min((gaps >= 0).mean(), (gaps <= 0).mean()) >= OVERLAP
+    longer = standardised(gaps)
     theta, phi = fit_length(preferred, longer)
 
     def figures(rows: np.ndarray) -> list[float]:
@@ -133,9 +140,9 @@ def win_rate(
         wins=wins,
         ties=1 - wins - losses,
         losses=losses,
-        equal_lengths=_sigmoid(theta),
-        equal_lengths_interval=equal_interval,
-        length_effect=phi,
+        equal_lengths=_sigmoid(theta) if overlap else None,
+        equal_lengths_interval=equal_interval if overlap else None,
+        length_effect=phi if overlap else None,
         lengths=(float(lengths[:, 0].mean()), float(lengths[:, 1].mean())),
         places=_places([one.verdict for one in comparisons], prompts, seed, resamples) if places else None,
     )

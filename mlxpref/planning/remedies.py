@@ -67,7 +67,7 @@ def remedies(job: Job, found: Forecast, memory: Memory) -> list[Remedy]:
 def _together(start: _Change, memory: Memory) -> list[Remedy]:
     """One change on top of another, the mildest first, until it fits."""
     reached = start
-    for kind in (_fewer_shapes, _checkpointing, _four_bits, _fewer_layers, _shorter):
+    for kind in (_checkpointing, _four_bits, _fewer_layers, _shorter, _fewer_shapes):
         for further in list(kind(reached, memory)):
             reached = further
             found = _first_that_fits(chain([reached], _smaller_budget(reached, memory)), memory)
@@ -140,8 +140,8 @@ def _fewer_layers(change: _Change, memory: Memory) -> Iterator[_Change]:
 
 
 def _shorter(change: _Change, memory: Memory) -> Iterator[_Change]:
-    job = change.job
+    job, prompt = change.job, change.job.config.tokenization.max_prompt_length
     for length in LENGTHS:
-        if length < job.rows.longest:
-            cut = replace(job, rows=job.rows.cut(length))
+        if length < job.rows.longest and (prompt is None or prompt < length):
+            cut = replace(job, rows=job.rows.cut(length, prompt))
             yield change.then("tokenization.max_length", str(length), "long texts are cut", job=cut)

@@ -163,15 +163,16 @@ def make_report(
     timed = None
     if load is None:
         notes.append("that prompts can be shared is taken for granted: a probe says so when the model loads")
-    elif found.total > memory.usable:
-        notes.append("nothing was measured: the run does not fit here")
-    else:
+    elif found.total <= memory.usable:
         policy, step = load(data)
         if not policy.share_prompts:
             job = replace(job, share_prompts=False)
             found, chosen = _forecast(job, memory, notes)
-        with machine.set_memory_policy():
-            timed = measure(job, found, machine, policy, step, on_progress=on_progress)
+        if found.total <= memory.usable:
+            with machine.set_memory_policy():
+                timed = measure(job, found, machine, policy, step, on_progress=on_progress)
+    if load is not None and timed is None:
+        notes.append("nothing was measured: the run does not fit here")
     seconds = expected(found, timed) if timed is not None else None
     if tokens_per_second is not None:
         seconds = expected_at(found, tokens_per_second)

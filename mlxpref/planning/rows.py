@@ -1,4 +1,4 @@
-"""The rows of a run as a forecast sees them: their lengths, and which of them are the same. None is read again."""
+"""The rows of a run as a forecast sees them: their lengths, and which of them are the same. Each is read once."""
 
 from __future__ import annotations
 
@@ -67,10 +67,12 @@ class Rows:
         """Tokens of the longest prompt with its longest response."""
         return int((self.sizes.prompts + self.sizes.lengths.max(1, initial=0)).max(initial=0))
 
-    def cut(self, length: int) -> Rows:
-        """About what ``max_length`` leaves: half of it to the prompt at most, the rest to each response."""
-        half = max(1, length // 2)
-        prompts = np.minimum(self.sizes.prompts, half)
+    def cut(self, length: int, prompt: int | None) -> Rows:
+        """About what ``max_length`` leaves: too long a prompt is cut as far as its responses ask for, but not below
+        ``prompt`` tokens (half of the length if None), then the responses' tails."""
+        longest = self.sizes.lengths.max(1, initial=0)
+        room = np.maximum(length // 2 if prompt is None else prompt, length - longest)
+        prompts = np.maximum(1, np.minimum(self.sizes.prompts, room))
         lengths = np.minimum(self.sizes.lengths, np.maximum(1, length - prompts)[:, None])
         scored = np.minimum(self.sizes.scored, lengths.sum(1))
         return replace(self, sizes=self.sizes._replace(prompts=prompts, lengths=lengths, scored=scored))

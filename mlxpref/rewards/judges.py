@@ -71,7 +71,7 @@ def by_score(
     Raises:
         UsageError: ``tie`` is negative. ScoreError: as of ``score_all``.
     """
-    if tie < 0:
+    if not tie >= 0:
         raise UsageError(f"a tie is a distance of scores, 0 or more, not {tie}")
     scores = score_all(scorer, [*prompts, *prompts], [*ones, *others])
     gaps = [one - other for one, other in zip(scores[: len(ones)], scores[len(ones) :], strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
-from mlxpref.errors import ScoreError, UsageError, raise_all
+from mlxpref.errors import MlxprefError, ScoreError, UsageError, raise_all
 from mlxpref.records import Prompt
 
 MOST_SHOWN = 5
@@ -84,7 +84,13 @@ def score_all(scorer: Scorer, prompts: Sequence[Prompt], responses: Sequence[str
     called = scorer_name(scorer)
     if len(prompts) != len(responses):
         raise ScoreError(f"{called}: {len(prompts)} prompts for {len(responses)} responses; give one prompt for each")
-    return checked_numbers(called, scorer(prompts, responses), responses)
+    try:
+        found = scorer(prompts, responses)
+    except MlxprefError:
+        raise
+    except Exception as error:  # somebody else's code: anything can go wrong in it
+        raise ScoreError(f"{called} failed: {type(error).__name__}: {error}") from error
+    return checked_numbers(called, found, responses)
 
 
 def checked_numbers(called: str, found: Any, responses: Sequence[str]) -> list[float]:
@@ -97,11 +103,11 @@ def checked_numbers(called: str, found: Any, responses: Sequence[str]) -> list[f
         values = list(found)
     except TypeError as error:
         raise ScoreError(
-            f"{called} returned {type(found).__name__}; a scorer returns a list with one number for each response"
+            f"{called} returned {type(found).__name__}; it is to return a list with one number for each response"
         ) from error
     if len(values) != len(responses):
         raise ScoreError(
-            f"{called} returned {len(values)} scores for {len(responses)} responses; a scorer returns one for each, "
+            f"{called} returned {len(values)} scores for {len(responses)} responses; it is to return one for each, "
             "in their order"
         )
     scores = [_number(value) for value in values]
