@@ -139,7 +139,7 @@ def measure(
     total = len(chosen) + len(forward)
     trained: list[tuple[Shape, float, float]] = []
     update = 0.0
-    for part in chosen:  # the smallest comes last
+    for part in chosen:
         if len(trained) >= 2 and clock() - began > PATIENCE:
             break
         own = _micro_batch(job, machine, policy, part)
@@ -147,7 +147,8 @@ def measure(
         on_progress("timing", len(trained), total)
     if len(trained) == len(chosen) and any(len(parts) > 1 for parts in found.train.steps):
         # An update alone: what two micro-batches in one step take less than two steps.
-        both, _ = _timed(partial(_update, step, (own, own), part), clock)
+        smallest, twice = chosen[-1], (own, own)
+        both, _ = _timed(partial(_update, step, twice, smallest), clock)
         update = max(0.0, 2 * trained[-1][1] - both)
     read: list[tuple[Shape, float, float]] = []
     for part in forward:
