@@ -22,8 +22,8 @@ SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "sgetrf_", "ssyevd_")
 """A few of the names MLX asks for: CBLAS and LAPACK, with 32-bit integers."""
 
 MKL_AUTO_STRICT = 2 | 0x10000
-"""Results that do not depend on where an array lies in memory or on the number of threads. Without
-it a resumed run differs from an uninterrupted one in the last bits; it costs nothing measurable."""
+"""Results that do not depend on where an array lies in memory or, on Intel's processors, on the number of
+threads. Without it a resumed run differs from an uninterrupted one in the last bits; it costs nothing measurable."""
 
 REMEDY = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), or on x86-64 MKL (pip install mkl)"
 
@@ -37,12 +37,14 @@ class BlasRecord:
         path: of the library that was loaded, or None.
         said: one line for people.
         remedy: what to do about it, or None when nothing is amiss.
+        reference: whether it is known to be the reference BLAS of MLX's Linux build.
     """
 
     library: str | None
     path: str | None
     said: str
     remedy: str | None = None
+    reference: bool = False
 
 
 _record: BlasRecord | None = None
@@ -60,7 +62,7 @@ def _choose(environ: Mapping[str, str]) -> BlasRecord:
     wish = environ.get("MLXPREF_BLAS", "").strip()
     why_not = _not_needed(wish)
     if why_not:
-        return BlasRecord(None, None, *why_not)
+        return BlasRecord(None, None, *why_not, reference=wish.lower() == "off" and sys.platform == "linux")
     refused = []
     for path in [wish] if wish else _candidates():
         problem = _take(path, environ)
@@ -68,7 +70,7 @@ def _choose(environ: Mapping[str, str]) -> BlasRecord:
             return BlasRecord(_name(path), path, f"{_name(path)} ({path})")
         refused.append(f"{path}: {problem}")
     why = "; ".join(refused) or "no MKL or OpenBLAS found"
-    return BlasRecord(None, None, f"MLX's reference BLAS, slow: {why}", REMEDY)
+    return BlasRecord(None, None, f"MLX's reference BLAS, slow: {why}", REMEDY, reference=True)
 
 
 def _not_needed(wish: str) -> tuple[str, str | None] | None:

@@ -328,6 +328,76 @@ def test_dequantised_matrices_are_not_kept() -> None:
     assert peak(64) - peak(40) < 6 * 512 * 512 * 4
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers_on_the_reference_blas(rows: int, bias: bool) -> None:
+    """Weights laid out the wrong way round; a slope that forgets a leading axis, the bias, or trained weights."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    from mlxpref.mlx_backend import transposed
+
+    rng = np.random.default_rng(rows)
+    layer = nn.Linear(6, 5, bias=bias)
+    x, wanted = rng.normal(size=(2, rows, 6)), rng.normal(size=(2, rows, 5))
+    held = layer.parameters()
+    mx.eval(held)
+    weight = np.array(held["weight"], np.float64)
+    offset = np.array(held["bias"], np.float64) if bias else 0.0
+
+    def loss(parameters: Any, x: mx.array) -> mx.array:
+        layer.update(parameters)
+        return (mx.array(wanted, mx.float32) * transposed.linear(layer, x)).sum()
+
+    value, (slopes, slope) = mx.compile(mx.value_and_grad(loss, argnums=(0, 1)))(held, mx.array(x, mx.float32))
+    assert value.item() == pytest.approx((wanted * (x @ weight.T + offset)).sum(), rel=1e-5)
+    np.testing.assert_allclose(np.array(slope), wanted @ weight, rtol=1e-4, atol=1e-5)
+    found = {name: np.array(value) for name, value in tree_flatten(slopes)}
+    np.testing.assert_allclose(found["weight"], np.einsum("bro,bri->oi", wanted, x), rtol=1e-4, atol=1e-5)
+    if bias:
+        np.testing.assert_allclose(found["bias"], wanted.sum((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+@on_a_cpu
+def test_only_the_reference_blas_has_its_weights_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of every weight for a BLAS that has no use for it; none for the one it is made for."""
+    import mlx.nn as nn
+
+    from mlxpref import blas
+    from mlxpref.mlx_backend import kernels, transposed
+
+    before = nn.Linear.__call__
+    for reference in (False, True):
+        monkeypatch.setattr(blas, "_record", blas.BlasRecord(None, None, "", reference=reference))
+        with kernels.in_place(kernels.Sites({}, ()), differentiate=True):
+            assert nn.Linear.__call__ is (transposed.linear if reference else before)
+        assert nn.Linear.__call__ is before
+
+
+@on_a_cpu
+def test_weights_laid_out_anew_are_not_kept() -> None:
+    """mx.compile merges equal copies: prompts and responses would share one, held between their passes."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlxpref.mlx_backend import transposed
+
+    def peak(n: int) -> int:
+        layers = [nn.Linear(512, 512, bias=False) for _ in range(n)]
+        mx.eval([layer.parameters() for layer in layers])
+
+        def loss(x: mx.array) -> mx.array:
+            for _ in range(2):
+                for layer in layers:
+                    x = transposed.linear(layer, x)
+            return x.sum()
+
+        return peak_of(loss, mx.ones((32, 512)))
+
+    assert peak(64) - peak(40) < 6 * 512 * 512 * 4
+
+
 @on_a_cpu
 def test_gated_units_keep_three_arrays() -> None:
     """The product of gate and sigmoid kept beside them, where both passes write it alike."""

@@ -18,7 +18,8 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlxpref.mlx_backend import attention, dequantised, elementwise, lowrank
+from mlxpref import blas
+from mlxpref.mlx_backend import attention, dequantised, elementwise, lowrank, transposed
 from mlxpref.mlx_backend.elementwise import on_cpu
 
 LARGE_SCORES = 64_000_000
@@ -67,6 +68,8 @@ def in_place(sites: Sites, *, differentiate: bool) -> Iterator[None]:
             put(mx.fast, "scaled_dot_product_attention", _attend)
         if on_cpu():
             put(nn.QuantizedLinear, "__call__", dequantised.linear)
+            if blas.preload().reference:
+                put(nn.Linear, "__call__", transposed.linear)
         yield
 
 
