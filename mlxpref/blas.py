@@ -62,7 +62,8 @@ def _choose(environ: Mapping[str, str]) -> BlasRecord:
     wish = environ.get("MLXPREF_BLAS", "").strip()
     why_not = _not_needed(wish)
     if why_not:
-        return BlasRecord(None, None, *why_not, reference=wish.lower() == "off" and sys.platform == "linux")
+        off = sys.platform == "linux" and wish.lower() == "off" and _installed("mlx-cpu")
+        return BlasRecord(None, None, *why_not, reference=off)
     refused = []
     for path in [wish] if wish else _candidates():
         problem = _take(path, environ)

@@ -442,7 +442,7 @@ def test_the_heads_chunks_leave_nothing_behind() -> None:
         return peak_of(loss, mx.random.normal((n, 128)))
 
     for statistics in ((), ("overlap",), ("token_kl",)):
-        assert peak(512, statistics) - peak(256, statistics) < 10e6, statistics
+        assert peak(512, statistics) - peak(256, statistics) < 4e6, statistics
 
 
 def test_scores_made_again_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,14 +49,15 @@ def room(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, chat_tokenizer: 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("Why?\nWhat for?\nSince when?\n")
-    write_adapter(tmp_path / "adapter", Recipe())
+    write_adapter(tmp_path / "adapter", Recipe(), tiny_model_dir)
     return fake
 
 
-def write_adapter(folder: Path, recipe: Recipe | None) -> None:
+def write_adapter(folder: Path, recipe: Recipe | None, model: Path | str = "nowhere") -> None:
     folder.mkdir()
     stored = {"recipe": None if recipe is None else recipe.as_dict()}
-    (folder / "adapter_config.json").write_text(json.dumps({"mlxpref": stored}))
+    (folder / "adapter_config.json").write_text(json.dumps({"model": str(model), "mlxpref": stored}))
+    (folder / "adapters.safetensors").touch()
 
 
 def run(*arguments: Any) -> Any:
@@ -102,6 +103,12 @@ def test_files_of_responses_are_matched_to_their_prompts(room: Room, tmp_path: P
         ([{"text": "a"}, {"output": "b"}, {"text": "c"}], "columns text, output"),
         ([{"text": "a", "goal": 1}, {"text": "b", "goal": 2}, {"text": "c", "goal": 1}], "rows of goal 1, 2"),
         ([{"text": "a", "instruction": "Else?"}] * 3, "a response to another prompt: 'Else?', not 'Why?'"),
+        ([{"text": "a", "prompt": "What? Why?"}] * 3, "another prompt"),
+        ([{"text": "a", "prompt": [{"role": "user", "content": "So?"}, {"role": "user", "content": "Why?"}]}] * 3,
+         "another prompt"),
+        ([{"text": "a", "prompt": ["Why?"]}] * 3, "a message is not an object"),
+        ([{"text": "a", "prompt": [{"role": "user"}]}] * 3, "odd.json"),
+        ([{"text": "a"}, {"text": " "}, {"text": "c"}], "no response"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(room: Room, tmp_path: Path, rows: Any, words: str) -> None:
@@ -122,6 +129,9 @@ def test_files_that_do_not_fit_are_refused(room: Room, tmp_path: Path, rows: Any
         (["--scorer", "goal_scores:goal", "--tie", "-1"], "0 or more"),
         (["--scorer", "goal_scores:goal", "--tie", "nan"], "0 or more"),
         (["--judge", "m", "--judge-template", "prompts.txt"], "lacks {conversation}"),
+        (["--scorer", "goal_scores:goal", "--top-p", "0.9"], "--top-p: at temperature 0"),
+        (["--scorer", "goal_scores:goal", "--temperature", "-1"], "--temperature"),
+        (["--scorer", "goal_scores:goal", "--max-tokens", "0"], "--max-tokens"),
     ],
 )
 def test_options_that_contradict_are_refused_before_a_model_loads(room: Room, arguments: list[str], words: str) -> None:
@@ -131,9 +141,23 @@ def test_options_that_contradict_are_refused_before_a_model_loads(room: Room, ar
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [("adapter@99", "off this recipe's scale"), ("nothere.json", "cannot be read"), ("./nothere", "no such folder")],
+    [
+        ("adapter@99", "off this recipe's scale"),
+        ("adapter@abc", "adapter@abc: not a number; write for example adapter@8"),
+        ("nothere.json", "cannot be read"),
+        ("./nothere", "no such folder"),
+        ("moved", "moved-model"),
+        ("empty", "no adapters.safetensors"),
+        ("damaged", "not JSON"),
+    ],
 )
-def test_a_side_that_is_not_there_is_refused_before_the_other_is_asked(room: Room, other: str, words: str) -> None:
+def test_a_side_that_is_not_there_is_refused_before_the_other_is_asked(
+    room: Room, tmp_path: Path, other: str, words: str
+) -> None:
+    for name in ("moved", "empty", "damaged"):
+        write_adapter(tmp_path / name, Recipe(), "./moved-model")
+    (tmp_path / "empty" / "adapters.safetensors").unlink()
+    (tmp_path / "damaged" / "adapter_config.json").write_text("{")
     ran = run("winrate", "adapter", other, *BY_GOAL)
     assert ran.exit_code != 0 and words in ran.stderr and not room.loads
 
@@ -145,20 +169,25 @@ def test_every_kind_of_file_is_read(room: Room, tmp_path: Path) -> None:
     rows = [{"response": text} for text in "abc"]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "a.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "a.csv").write_text("response\na\nb\nc\n")
+    (tmp_path / "a.csv").write_text("index,response\n1,b\n0,a\n2,c\n")
     (tmp_path / "a.json").write_text(json.dumps(rows))
     for name in ("a.parquet", "a.ndjson", "a.csv", "./a.json"):
         ran = run("winrate", name, "a.json", *BY_GOAL, "--json", "w.json")
         assert ran.exit_code == 0, ran.output
         assert [one["one"] for one in json.loads(Path("w.json").read_text())["comparisons"]] == ["a", "b", "c"]
-    refused = run("winrate", "a.csv", "a.json", *BY_GOAL, "--top-p", "0.9")
-    assert refused.exit_code == 2 and "--top-p: both sides are files" in refused.stderr
+    for option, value in (("--max-tokens", "9"), ("--backend", "mlx"), ("--dtype", "float16")):
+        refused = run("winrate", "a.csv", "a.json", *BY_GOAL, option, value)
+        assert refused.exit_code == 2 and f"{option}: " in refused.stderr and "files" in refused.stderr
     more = run("winrate", "adapter", "a.json", *BY_GOAL, "--samples", "2", "--temperature", "1")
     assert more.exit_code != 0 and "prompt 0 has 1 of a.json and 2" in more.stderr and not room.loads
 
 
-def test_what_generate_wrote_is_matched_to_what_was_asked(room: Room) -> None:
-    """Finds prompts compared with the goal that stands before them."""
+def test_what_generate_wrote_is_matched_to_what_was_asked(room: Room, tiny_model_dir: Path) -> None:
+    """Finds prompts compared with the goal that stands before them, in the same turn or in one of its own."""
+    write_adapter(Path("first"), Recipe(carrier="first_user"), tiny_model_dir)
+    run("generate", "--file", "prompts.txt", "--adapter-path", "first", "--goal", "9", "--json", "first.json")
+    assert "score: 9" in json.loads(Path("first.json").read_text())[0]["prompt"][0]["content"]
+    assert run("winrate", "first.json", "first.json", *BY_GOAL).exit_code == 0
     for goal in ("2", "9"):
         run("generate", "--file", "prompts.txt", "--adapter-path", "adapter", "--goal", goal, "--json", f"{goal}.json")
     ran = run("winrate", "9.json", "2.json", *BY_GOAL)
@@ -168,10 +197,28 @@ def test_what_generate_wrote_is_matched_to_what_was_asked(room: Room) -> None:
     assert turned.exit_code != 0 and "to another prompt" in turned.stderr
 
 
+def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path) -> None:
+    """Finds hours of sampling thrown away with a last line of Python."""
+    (tmp_path / "failing.py").write_text("def score(prompts, responses):\n    return [float('nan')] * len(responses)\n")
+    ran = run("winrate", "adapter@9", "adapter@2", *BY_GOAL[:3], "failing:score", "--json", "w.json")
+    assert ran.exit_code != 0
+    assert ["score: 9." in one["one"] for one in json.loads(Path("w.json").read_text())["comparisons"]] == [True] * 3
+    ran = run("control", "prompts.txt", "--adapter-path", "adapter", "--scorer", "failing:score", "--json", "c.json")
+    assert ran.exit_code != 0 and len(json.loads(Path("c.json").read_text())["samples"]) == 15
+
+
+def test_a_prompt_that_no_judge_can_read_is_refused_before_a_model_loads(room: Room, tiny_model_dir: Path) -> None:
+    Path("prompts.txt").write_text("Why?\n" + "word " * 9000 + "\n")
+    ran = run("winrate", "adapter", "adapter@2", "--prompts", "prompts.txt", "--judge", tiny_model_dir)
+    assert ran.exit_code != 0 and "cannot read pair 1" in ran.stderr and not room.loads
+
+
 def test_equal_prompts_are_one(room: Room) -> None:
     Path("prompts.txt").write_text("Why?\nWhat for?\n" * 5)
     ran = run("winrate", "adapter@9", "adapter@2", *BY_GOAL)
     assert "10, of 2 prompts" in ran.stdout, ran.output
+    run("control", "prompts.txt", "--adapter-path", "adapter", "--scorer", "goal_scores:goal", "--json", "c.json")
+    assert json.loads(Path("c.json").read_text())["per_goal"][0]["prompts"] == 2
 
 
 def test_a_goal_is_for_an_adapter(room: Room, tiny_model_dir: Path) -> None:
@@ -259,6 +306,7 @@ def test_one_attribute_is_varied_and_the_others_stay_at_their_top(room: Room, tm
         (["--adapter-path", "plain"], "without goals"),
         (["--adapter-path", "adapter", "--attribute", "truth"], "one score without a name"),
         (["--adapter-path", "adapter", "--goals", "3,3"], "asked for twice"),
+        ([], "which policy?"),
         (["--adapter-path", "adapter", "--goals", "3,99"], "off this recipe's scale"),
         (["--adapter-path", "adapter", "--picture", "c.gif"], "png or .svg"),
         (["--adapter-path", "adapter", "--picture", "c.png", "--goals", "none"], "draws goals"),

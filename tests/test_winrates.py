@@ -120,8 +120,13 @@ def test_a_side_that_always_wins_has_a_rate_near_one() -> None:
     """Finds a fit that never ends, or overflows."""
     found = win_rate(comparisons_of([1] * 50, [(10 + i % 21, 20) for i in range(50)]))
     assert found.rate == 1 and 0.9 < found.equal_lengths <= 1
-    assert found.interval == found.equal_lengths_interval == (pytest.approx(0.929, abs=1e-3), 1)
+    assert found.interval == (pytest.approx(0.929, abs=1e-3), 1)
+    assert found.equal_lengths_interval == pytest.approx((0.929 * found.equal_lengths, found.equal_lengths), abs=1e-3)
     lost = win_rate(comparisons_of([0] * 50))
+    sure = win_rate(comparisons_of([1 - 1e-9, 1 - 2e-9, 1 - 1e-9]))
+    assert sure.interval is not None and sure.interval[0] < 0.5  # three prompts say little, however sure a judge is
+    nine = win_rate(comparisons_of([1] * 9 + [0]))
+    assert (nine.wins, nine.ties, nine.losses) == (0.9, 0, 0.1)
     assert lost.interval == (0, pytest.approx(0.071, abs=1e-3))
 
 

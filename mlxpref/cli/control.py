@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 from mlxpref import facts
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
-from mlxpref.cli.sampling import sampling, sampling_options
+from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
 from mlxpref.evaluate import Achieved, ControlCurve, as_curve, control_curve
 from mlxpref.files import write_text
-from mlxpref.generate import NO_GOAL, Question, read_questions
+from mlxpref.generate import NO_GOAL, Answer, Question, read_questions
 from mlxpref.records import Goal
 from mlxpref.report.canvas import picture_format
 from mlxpref.report.pictures import Line, draw_control_curve
@@ -79,8 +80,9 @@ def command(
         picture_format(options["picture"])
     if options["compare_base"] and adapter_path is None:
         raise UsageError("--compare-base needs --adapter-path: there is no adapter to leave out")
-    if options["samples"] > 1 and options["temperature"] == 0:
-        raise UsageError("at temperature 0 all samples of a prompt are the same; give --temperature, or one sample")
+    if adapter_path is None and model is None:
+        raise UsageError("which policy? Give --adapter-path FOLDER, or --model with --recipe")
+    check_sampling(options)
     questions, scorer = read_questions(prompts), load_scorer(options["scorer"])
     recipe = named_recipe(adapter_path, recipe_path, model=model)
     if recipe is None:
@@ -99,7 +101,7 @@ def command(
     _show(found, base, scorer, options["top"])
     if options["json_file"] is not None:
         named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
-        about = {**_record(found, base, prompts, opened, options), **named}
+        about = {**_record(found, base, prompts, questions, opened, options), **named}
         write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     if options["picture"] is not None:
         _draw(found, base, scorer, recipe, options)
@@ -111,14 +113,22 @@ def _goals(text: str | None, attribute: str | None, recipe: Recipe) -> list[Goal
         named = ", ".join(recipe.attributes) or "one score without a name"
         raise UsageError(f"--attribute {attribute}: the recipe has {named}")
     values = _spread(recipe) if text is None else [_number(part.strip()) for part in text.split(",")]
-    if len(set(values)) < len(values):
-        raise UsageError(f"--goals {text}: one of them is asked for twice; each once is enough")
     if not recipe.attributes:
-        return [None if value is None else recipe.check_goal(value) for value in values]
+        return _different([None if value is None else recipe.check_goal(value) for value in values], text)
     kept = {} if attribute is None else recipe.top_goal
     assert isinstance(kept, Mapping)
     varied = recipe.attributes if attribute is None else (attribute,)
-    return [None if value is None else recipe.check_goal({**kept, **dict.fromkeys(varied, value)}) for value in values]
+    return _different(
+        [None if value is None else recipe.check_goal({**kept, **dict.fromkeys(varied, value)}) for value in values],
+        text,
+    )
+
+
+def _different(goals: list[Goal | None], text: str | None) -> list[Goal | None]:
+    """The goals. UsageError if two of them are written alike."""
+    if any(goal in goals[:place] for place, goal in enumerate(goals)):
+        raise UsageError(f"--goals {text}: one of them is asked for twice, as the recipe writes them; once is enough")
+    return goals
 
 
 def _spread(recipe: Recipe) -> list[float | None]:
@@ -147,8 +157,15 @@ def _asked(
         return control_curve(
             questions, goals, scorer, opened.backend, opened.policy, opened.tokenizer, opened.recipe,
             adapter=adapter, n_samples=options["samples"], top=options["top"], **sampling(options),
-            on_progress=lambda done, total: at(done),
+            on_progress=lambda done, total: at(done), on_answers=partial(_keep, options["json_file"]),
         )  # fmt: skip
+
+
+def _keep(file: Path | None, answers: Sequence[Answer]) -> None:
+    """What was written, before it is scored: a scorer that fails takes nothing with it."""
+    if file is not None:
+        unscored = [answer.as_record() for answer in answers]
+        write_text(file, json.dumps({"samples": unscored}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _show(found: ControlCurve, base: ControlCurve | None, scorer: Scorer, top: float | None) -> None:
@@ -188,13 +205,15 @@ def _draw(
 
 
 def _record(
-    found: ControlCurve, base: ControlCurve | None, prompts: Path, opened: Opened, options: Mapping[str, Any]
-) -> dict[str, Any]:
+    found: ControlCurve, base: ControlCurve | None, prompts: Path, questions: Sequence[Question], opened: Opened,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     kept = {key: value for key, value in options.items() if key not in ("json_file", "picture")}
     return {
         **found.as_record(),
-        "base": None if base is None else base.as_record(),
+        "base": None if base is None else {**base.as_record(), "samples": [one.as_record() for one in base.samples]},
         "samples": [sample.as_record() for sample in found.samples],
+        "prompts": [[turn.as_dict() for turn in question.prompt] for question in questions],
         "prompts_file": str(prompts),
         "model": str(opened.policy.path),
         "device": opened.backend.device_info(),

@@ -15,7 +15,7 @@ import click
 
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, open_policy, policy_options
-from mlxpref.cli.sampling import sampling, sampling_options
+from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
 from mlxpref.data.recipe import Recipe, format_number, goal_words
 from mlxpref.data.tokenization import render_prompt
 from mlxpref.errors import UsageError
@@ -85,6 +85,7 @@ def command(
         raise UsageError("--no-adapter and --compare-base need --adapter-path: there is no adapter to leave out")
     if options["no_adapter"] and options["compare_base"]:
         raise UsageError("--no-adapter and --compare-base contradict each other")
+    check_sampling(options)
     opened = open_policy(
         adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
         recipe_path=recipe_path, backend=backend,

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from mlxpref.errors import UsageError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 KEYS = ("max_tokens", "temperature", "top_p", "seed", "batch_size")
@@ -19,7 +21,7 @@ def sampling_options(temperature: float) -> Callable[[F], F]:
         click.option(
             "--temperature",
             "--temp",
-            type=float,
+            type=click.FloatRange(0),
             default=temperature,
             show_default=True,
             metavar="X",
@@ -27,20 +29,30 @@ def sampling_options(temperature: float) -> Callable[[F], F]:
         ),
         click.option(
             "--top-p",
-            type=float,
+            type=click.FloatRange(0, 1, min_open=True),
             default=1.0,
             show_default=True,
             metavar="X",
             help="Sample within this share of the probability.",
         ),
         click.option(
-            "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens of a response at most."
+            "--max-tokens",
+            type=click.IntRange(1),
+            default=256,
+            show_default=True,
+            metavar="N",
+            help="Tokens of a response at most.",
         ),
         click.option(
             "--seed", type=int, default=0, show_default=True, metavar="N", help="Decides what sampling draws."
         ),
         click.option(
-            "--batch-size", type=int, default=8, show_default=True, metavar="N", help="Prompts computed together."
+            "--batch-size",
+            type=click.IntRange(1),
+            default=8,
+            show_default=True,
+            metavar="N",
+            help="Prompts computed together.",
         ),
     )
 
@@ -50,6 +62,16 @@ def sampling_options(temperature: float) -> Callable[[F], F]:
         return command
 
     return decorate
+
+
+def check_sampling(options: Mapping[str, Any]) -> None:
+    """UsageError for options that would change nothing at temperature 0."""
+    if options["temperature"] > 0:
+        return
+    if options.get("samples", 1) > 1:
+        raise UsageError("at temperature 0 all samples of a prompt are the same; give --temperature, or one sample")
+    if options["top_p"] < 1:
+        raise UsageError("--top-p: at temperature 0 the likeliest token is taken anyway; give --temperature")
 
 
 def sampling(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
 
-from mlxpref import facts
+from mlxpref import backends, facts
 from mlxpref.cli import console
-from mlxpref.cli.policies import machine_options, named_recipe, open_policy
-from mlxpref.cli.sampling import KEYS, sampling, sampling_options
-from mlxpref.data.recipe import Recipe
+from mlxpref.cli.policies import machine_options, open_policy
+from mlxpref.cli.sampling import KEYS, check_sampling, sampling_options
+from mlxpref.cli.sides import Policy, about, asked_side, named_side
+from mlxpref.data.tokenization import load_tokenizer
 from mlxpref.errors import UsageError
-from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge, check_template
-from mlxpref.evaluate.sides import Paired, Side, is_file, pair_up, read_side
+from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge, check_prompts, check_template
+from mlxpref.evaluate.sides import Paired, Side, pair_up
 from mlxpref.evaluate.winrates import WinRate, win_rate
 from mlxpref.files import write_text
-from mlxpref.generate import NO_GOAL, Question, ask_all, generate, parse_goal, read_questions
+from mlxpref.generate import Question, read_questions
 from mlxpref.hub import model_folder
 from mlxpref.rewards.judges import Verdict, both_orders, by_score
 from mlxpref.rewards.scorer import load_scorer
@@ -85,23 +85,26 @@ def command(context: click.Context, one: str, other: str, prompts: Path, **optio
     scorer = None if options["scorer"] is None else load_scorer(options["scorer"])
     template = _template(options["judge_template"])
     if options["judge"] is not None:
-        model_folder(options["judge"], weights=False)
-    named = [_named(name, questions) for name in (one, other)]
-    _check_sampling(named, questions, context)
-    first, second = (_asked(side, questions, options) for side in named)
+        tokenizer = load_tokenizer(str(model_folder(options["judge"], weights=False)))
+        check_prompts([question.prompt for question in questions], tokenizer, template)
+    named = [named_side(name, questions) for name in (one, other)]
+    _check_options(named, questions, context)
+    first, second = (asked_side(side, questions, options) for side in named)
     paired = pair_up(first, second, questions)
+    facts_ = _facts(named, prompts, options)
+    # A scorer or judge that fails takes no response with it.
+    _write(options["json_file"], {**facts_, "comparisons": _responses(paired)})
     asked = [questions[index].prompt for index in paired.index]
-    about: dict[str, Any] = {}
+    of_judge: dict[str, Any] = {}
     if scorer is not None:
         verdicts = by_score(scorer, asked, paired.ones, paired.others, tie=options["tie"])
     else:
-        verdicts, about = _judged(asked, paired, template, options)
+        verdicts, of_judge = _judged(asked, paired, template, options)
     found = win_rate(paired.comparisons(verdicts), places=scorer is None, seed=options["seed"])
-    _show(found, one, other, about.get("letters"))
-    if options["json_file"] is not None:
-        sides = {"one": _about(one, named[0]), "other": _about(other, named[1]), "prompts_file": str(prompts)}
-        record = {**_record(found, paired, verdicts, options), **sides, **about}
-        write_text(options["json_file"], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    _show(found, one, other, of_judge.get("letters"))
+    _write(options["json_file"], {
+        **found.as_record(), **facts_, **of_judge, "comparisons": _responses(paired, verdicts),
+    })  # fmt: skip
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -113,8 +116,7 @@ def _check(options: dict[str, Any]) -> None:
         raise UsageError(f"--tie {options['tie']:g}: it is a distance of scores, 0 or more")
     if options["scorer"] is None and options["tie"]:
         raise UsageError("--tie is for --scorer; a judge's probabilities near a half count as such")
-    if options["samples"] > 1 and options["temperature"] == 0:
-        raise UsageError("at temperature 0 all samples of a prompt are the same; give --temperature, or one sample")
+    check_sampling(options)
 
 
 def _template(file: Path | None) -> str:
@@ -129,83 +131,26 @@ def _template(file: Path | None) -> str:
     return text
 
 
-def _check_sampling(named: Sequence[Side | _Named], questions: Sequence[Question], context: click.Context) -> None:
-    """Options of sampling act on sides that are asked; a file beside one has as many responses to each prompt."""
+def _check_options(named: Sequence[Side | Policy], questions: Sequence[Question], context: click.Context) -> None:
+    """Options of sampling act on sides that are asked; a file beside one has as many responses to each prompt. Those
+    of the machine need something to compute."""
     files = [side for side in named if isinstance(side, Side)]
-    given = [
-        f"--{key.replace('_', '-')}"
-        for key in (*KEYS, "samples")
-        if key != "seed" and context.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT
-    ]
+
+    def given(*keys: str) -> list[str]:
+        default = click.core.ParameterSource.DEFAULT
+        return [f"--{key.replace('_', '-')}" for key in keys if context.get_parameter_source(key) is not default]
+
     if len(files) == 2:
-        if given:
-            raise UsageError(f"{', '.join(given)}: both sides are files, nothing is sampled")
+        unused = given(*(key for key in (*KEYS, "samples") if key != "seed"))
+        if unused:
+            raise UsageError(f"{', '.join(unused)}: both sides are files, nothing is sampled")
+        unused = given("dtype", "backend") if context.params["judge"] is None else []
+        if unused:
+            raise UsageError(f"{', '.join(unused)}: files, compared by a scorer; no model is loaded")
         pair_up(files[0], files[1], questions)
     elif files:
         n = context.params["samples"]
         pair_up(files[0], Side("the other side", (("",) * n,) * len(questions)), questions)
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A side that has to be asked: an adapter with a goal, None for its top one, or a model without an adapter."""
-
-    name: str
-    adapter: str | None
-    model: str | None
-    goal: str | None
-
-
-def _named(name: str, questions: Sequence[Question]) -> Side | _Named:
-    """A side as the command line names it, checked as far as that goes without loading a model."""
-    if is_file(name):
-        return read_side(Path(name), questions)
-    where, at, goal = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
-    if at and not goal:
-        raise UsageError(f"{name}: there is no goal after @; write for example {where}@top")
-    if (Path(where) / "adapter_config.json").is_file():
-        if goal:
-            _check_goal(name, goal, named_recipe(where, None))
-        return _Named(name, where, None, goal or None)
-    if goal:
-        raise UsageError(f"{name}: {where} is no adapter folder; a goal after @ is for one")
-    model_folder(where, weights=False)
-    return _Named(name, None, where, None)
-
-
-def _check_goal(name: str, goal: str, recipe: Recipe | None) -> None:
-    if recipe is None and goal != NO_GOAL:
-        raise UsageError(f"{name}: this adapter was trained without goals; leave @{goal} out")
-    parse_goal(goal, recipe)
-
-
-def _about(name: str, side: Side | _Named) -> dict[str, Any]:
-    """What made a side."""
-    if isinstance(side, Side):
-        return {"name": name, "file": name}
-    recipe = None if side.adapter is None else named_recipe(side.adapter, None)
-    return {
-        "name": name, "adapter": side.adapter, "model": side.model, "goal": side.goal,
-        "recipe": None if recipe is None else recipe.as_dict(),
-    }  # fmt: skip
-
-
-def _asked(side: Side | _Named, questions: Sequence[Question], options: dict[str, Any]) -> Side:
-    """What it answers."""
-    if isinstance(side, Side):
-        return side
-    opened = open_policy(
-        adapter_path=side.adapter, model=side.model, revision=None, dtype=options["dtype"], recipe_path=None,
-        backend=options["backend"],
-    )  # fmt: skip
-    goals = None if side.goal is None else [parse_goal(side.goal, opened.recipe)]
-    asked = ask_all(questions, goals, opened.recipe, opened.tokenizer)
-    asked = [each for each in asked for _ in range(options["samples"])]
-    with console.progress(f"responses of {side.name}", len(asked)) as at:
-        answers = generate(
-            asked, opened.backend, opened.policy, **sampling(options), on_progress=lambda done, total: at(done)
-        )
-    return Side.of(side.name, answers, len(questions))
 
 
 def _judged(
@@ -219,8 +164,7 @@ def _judged(
     with console.progress("verdicts", 2 * len(asked)) as at:
         judge = ModelJudge(opened.backend, opened.policy, opened.tokenizer, template=template, on_progress=_twice(at))
         verdicts = both_orders(judge, asked, paired.ones, paired.others)
-    about = {"letters": median(judge.letters), "judge_template": template, "device": opened.backend.device_info()}
-    return verdicts, about
+    return verdicts, {"letters": median(judge.letters), "judge_template": template}
 
 
 def _twice(at: Callable[[int], None]) -> Callable[[int, int], None]:
@@ -268,27 +212,44 @@ def _sentence(found: WinRate, one: str, other: str) -> str:
     """What may be concluded."""
     if found.interval is None:
         return "one prompt says nothing of others"
-    where = "whatever their length" if found.equal_lengths is None else "at equal length"
     low, high = found.equal_lengths_interval or found.interval
     if low <= 0.5 <= high:
-        return f"{where}, {one} and {other} cannot be told apart by these prompts"
+        if found.equal_lengths is None:
+            return f"{one} and {other} cannot be told apart by these prompts, nor length from quality"
+        return f"at equal length, {one} and {other} cannot be told apart by these prompts"
     better, worse = (one, other) if low > 0.5 else (other, one)
     if found.equal_lengths is None:
         return f"{better} is preferred to {worse}; whether for its length cannot be told"
     return f"at equal length {better} is preferred to {worse}"
 
 
-def _record(found: WinRate, paired: Paired, verdicts: Sequence[Verdict], options: dict[str, Any]) -> dict[str, Any]:
-    pairs = zip(paired.index, paired.ones, paired.others, verdicts, strict=True)
+def _facts(named: Sequence[Side | Policy], prompts: Path, options: dict[str, Any]) -> dict[str, Any]:
     keys = ("scorer", "tie", "judge", "samples", *KEYS, "backend", "dtype")
+    computed = options["judge"] is not None or any(isinstance(side, Policy) for side in named)
     return {
-        **found.as_record(),
+        "one": about(named[0]),
+        "other": about(named[1]),
+        "prompts_file": str(prompts),
         "options": {key: options[key] for key in keys},
+        "device": backends.get(options["backend"]).device_info() if computed else None,
         "commit": facts.commit(),
         "versions": facts.versions(),
-        "comparisons": [
-            {"index": index, "one": a, "other": b, "preference": verdict.preference, "first_shown_first": verdict.ahead,
-             "first_shown_second": verdict.behind}
-            for index, a, b, verdict in pairs
-        ],
-    }  # fmt: skip
+    }
+
+
+def _responses(paired: Paired, verdicts: Sequence[Verdict] = ()) -> list[dict[str, Any]]:
+    """Every pair, with what was said of it once that is known."""
+    rows: list[dict[str, Any]] = [
+        {"index": index, "one": one, "other": other}
+        for index, one, other in zip(paired.index, paired.ones, paired.others, strict=True)
+    ]
+    for row, verdict in zip(rows, verdicts, strict=False):
+        row |= {
+            "preference": verdict.preference, "first_shown_first": verdict.ahead, "first_shown_second": verdict.behind,
+        }  # fmt: skip
+    return rows
+
+
+def _write(file: Path | None, record: dict[str, Any]) -> None:
+    if file is not None:
+        write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -14,8 +14,8 @@ import numpy as np
 
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
-from mlxpref.evaluate.statistics import Interval, mean_interval, spearman
-from mlxpref.generate import Question, ask_all, generate
+from mlxpref.evaluate.statistics import Interval, mean_interval, spearman, units_of
+from mlxpref.generate import Answer, Question, ask_all, generate
 from mlxpref.records import Goal
 from mlxpref.report.pictures import Curve, Point
 from mlxpref.rewards.scorer import Scorer, score_all
@@ -120,6 +120,7 @@ def control_curve(
     top: float | None = None,
     resamples: int = 1000,
     on_progress: Callable[[int, int], None] | None = None,
+    on_answers: Callable[[Sequence[Answer]], None] | None = None,
 ) -> ControlCurve:  # fmt: skip
     """Ask every question at every goal, and score what comes.
 
@@ -133,6 +134,7 @@ def control_curve(
         top: a score; the share of answers that reach it is reported.
         resamples: for the intervals.
         on_progress: called with (answers there, answers wanted).
+        on_answers: called with all answers before they are scored: what a scorer refuses need not be lost.
 
     Raises:
         UsageError: no question, no goal, one goal twice, a goal off the recipe's scale, a number out
@@ -146,13 +148,16 @@ def control_curve(
         asked, backend, policy, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed,
         batch_size=batch_size, adapter=adapter, on_progress=on_progress,
     )  # fmt: skip
+    if on_answers is not None:
+        on_answers(answers)
     prompts = [questions[answer.asked.index].prompt for answer in answers]
     scores = score_all(scorer, prompts, [answer.text for answer in answers])
     samples = [
         Sample(answer.asked.index, answer.asked.goal, answer.text, score)
         for answer, score in zip(answers, scores, strict=True)
     ]
-    return curve_of(samples, top=top, seed=seed, resamples=resamples)
+    units = units_of([question.prompt for question in questions])
+    return curve_of(samples, units=units, top=top, seed=seed, resamples=resamples)
 
 
 def _check(questions: Sequence[Question], n_samples: int, temperature: float) -> None:
@@ -178,10 +183,11 @@ def _checked_goals(goals: Sequence[Goal | None], recipe: Recipe | None) -> list[
 
 
 def curve_of(
-    samples: Sequence[Sample], *, top: float | None = None, seed: int = 0, resamples: int = 1000
-) -> ControlCurve:
-    """The curve of samples that are there already, whoever drew them."""
-    per_goal = achieved(samples, top=top, seed=seed, resamples=resamples)
+    samples: Sequence[Sample], *, units: Sequence[int] | None = None, top: float | None = None, seed: int = 0,
+    resamples: int = 1000,
+) -> ControlCurve:  # fmt: skip
+    """The curve of samples that are there already, whoever drew them. Arguments as of ``achieved``."""
+    per_goal = achieved(samples, units=units, top=top, seed=seed, resamples=resamples)
     return ControlCurve(tuple(per_goal), goal_correlation(samples), tuple(samples))
 
 
@@ -189,20 +195,28 @@ def curve_of(
 
 
 def achieved(
-    samples: Sequence[Sample], *, top: float | None = None, seed: int = 0, resamples: int = 1000
-) -> list[Achieved]:
-    """What was achieved at each goal, goals in the order they first occur. Arguments as in ``control_curve``."""
+    samples: Sequence[Sample], *, units: Sequence[int] | None = None, top: float | None = None, seed: int = 0,
+    resamples: int = 1000,
+) -> list[Achieved]:  # fmt: skip
+    """What was achieved at each goal, goals in the order they first occur.
+
+    Args:
+        units: for each prompt which ones it is drawn together with, as ``units_of`` finds them; by default each alone.
+        top, seed, resamples: as in ``control_curve``.
+    """
     if resamples < 1:
         raise UsageError(f"resamples is at least 1, not {resamples}")
     groups: dict[Any, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(_key(sample.goal), []).append(sample)
-    return [_achieved(group, top, seed, resamples) for group in groups.values()]
+    return [_achieved(group, units, top, seed, resamples) for group in groups.values()]
 
 
-def _achieved(group: Sequence[Sample], top: float | None, seed: int, resamples: int) -> Achieved:
+def _achieved(
+    group: Sequence[Sample], units: Sequence[int] | None, top: float | None, seed: int, resamples: int
+) -> Achieved:
     scores = np.array([sample.score for sample in group], np.float64)
-    prompts = [sample.index for sample in group]
+    prompts = [sample.index if units is None else units[sample.index] for sample in group]
     low, high = np.quantile(scores, [0.1, 0.9])
     return Achieved(
         goal=group[0].goal,

@@ -16,6 +16,9 @@ from mlxpref.reference import policy_logps
 
 LETTERS = ("A", "B")
 
+LONGEST = 8192
+"""Tokens of a question with both responses."""
+
 TEMPLATE = """\
 Here is a conversation and two responses to its last turn. Say which of the two is the better response: the one that \
 is more helpful, more correct, and closer to what was asked. Neither length nor order is a merit.
@@ -44,8 +47,14 @@ def check_template(template: str) -> None:
         raise DataError(f"the judge's template lacks {', '.join(missing)}")
 
 
+def check_prompts(prompts: Sequence[Prompt], tokenizer: Any, template: str, *, max_length: int = LONGEST) -> None:
+    """DataError for a prompt that leaves a judge no room for the responses: before anything is asked or loaded."""
+    for place, prompt in enumerate(prompts):
+        _row(place, prompt, "", "", tokenizer, template, max_length)
+
+
 class ModelJudge:
-    """A judge whose verdict is P(A) / (P(A) + P(B)), read off one forward pass for each pair.
+    """A judge whose verdict is P(A) / (P(A) + P(B)), the log-probs of both letters behind the question.
 
     Args:
         backend, policy, tokenizer: of the judging model.
@@ -68,7 +77,7 @@ class ModelJudge:
         tokenizer: Any,
         *,
         template: str = TEMPLATE,
-        max_length: int = 8192,
+        max_length: int = LONGEST,
         on_progress: Callable[[int, int], None] | None = None,
     ):
         check_template(template)
@@ -81,7 +90,8 @@ class ModelJudge:
     ) -> list[float]:
         """(N,) probabilities that what is shown first is the better one."""
         rows = [
-            self._row(place, *pair) for place, pair in enumerate(zip(prompts, shown_first, shown_second, strict=True))
+            _row(place, *pair, self._tokenizer, self._template, self._max_length)
+            for place, pair in enumerate(zip(prompts, shown_first, shown_second, strict=True))
         ]
         logps = policy_logps(rows, self._backend, self._policy, on_progress=self._on_progress)
         sums = np.array([[float(np.sum(of_letter, dtype=np.float64)) for of_letter in of_row] for of_row in logps])
@@ -90,15 +100,19 @@ class ModelJudge:
         self.letters += np.exp(sums).sum(1).tolist()
         return (1 / (1 + np.exp(np.clip(sums[:, 1] - sums[:, 0], -700, 700)))).tolist()
 
-    def _row(self, place: int, prompt: Prompt, first: str, second: str) -> Tokenized:
-        shown = {"conversation": _written(prompt), "first": first.strip(), "second": second.strip()}
-        text = _FIELD.sub(lambda found: shown[found[1]], self._template)
-        asked = Conditioned((Message("user", text),), LETTERS, None, None, None, None, str(place))
-        row = tokenize(asked, self._tokenizer, max_length=self._max_length, truncation="drop")
-        if isinstance(row, Dropped):
-            raise DataError(f"the judge cannot read pair {place}: {row.reason} {row.detail}".rstrip())
-        # Judges that would go on after the letter would be measured by how they end.
-        return replace(row, response_ids=tuple(ids[:-1] if len(ids) > 1 else ids for ids in row.response_ids))
+
+def _row(
+    place: int, prompt: Prompt, first: str, second: str, tokenizer: Any, template: str, max_length: int
+) -> Tokenized:
+    """The question as the judge reads it, and its two answers."""
+    shown = {"conversation": _written(prompt), "first": first.strip(), "second": second.strip()}
+    text = _FIELD.sub(lambda found: shown[found[1]], template)
+    asked = Conditioned((Message("user", text),), LETTERS, None, None, None, None, str(place))
+    row = tokenize(asked, tokenizer, max_length=max_length, truncation="drop")
+    if isinstance(row, Dropped):
+        raise DataError(f"the judge cannot read pair {place}: {row.reason} {row.detail}".rstrip())
+    # Judges that would go on after the letter would be measured by how they end.
+    return replace(row, response_ids=tuple(ids[:-1] if len(ids) > 1 else ids for ids in row.response_ids))
 
 
 def _written(prompt: Prompt) -> str:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxpref.data.messages import Unusable, conversation
 from mlxpref.data.readers import READERS, ending
 from mlxpref.data.rowfiles import read_rows
 from mlxpref.errors import DataError
+from mlxpref.evaluate.statistics import units_of
 from mlxpref.evaluate.winrates import Comparison
 from mlxpref.generate import Answer, Question
 from mlxpref.rewards.judges import Verdict
@@ -54,9 +56,11 @@ def read_side(file: Path, questions: Sequence[Question]) -> Side:
     found = []
     for place, (where, row) in enumerate(rows):
         text = row.get(columns[0]) if columns else None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or not text.strip():
             raise DataError(f"{where}: no response; a row has one of the columns {', '.join(COLUMNS)}, a text")
         index = row.get("index", place)
+        if isinstance(index, str) and index.strip().isdecimal():  # CSV has nothing but text
+            index = int(index)
         if not isinstance(index, int) or not 0 <= index < len(questions):
             raise DataError(f"{where}: prompt {index!r}, and there are {len(questions)} prompts (counted from 0)")
         _check_prompt(where, row, questions[index])
@@ -88,15 +92,24 @@ def _rows(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _check_prompt(where: str, row: Mapping[str, Any], question: Question) -> None:
-    """A goal may stand before what was asked, so only the end is compared."""
-    given = row.get("prompt", row.get("instruction"))
-    if isinstance(given, list):
-        given = next((turn["content"] for turn in reversed(given) if turn.get("role") == "user"), None)
-    if not isinstance(given, str):
+    """A goal may stand in what was asked: in a system message, or before a user's words, with an empty line between."""
+    value = row.get("prompt", row.get("messages", row.get("instruction")))
+    if value is None:
         return
-    asked = next((turn.content for turn in reversed(question.prompt) if turn.role == "user"), "")
-    if not given.strip().endswith(asked.strip()):
-        raise DataError(f"{where}: a response to another prompt: {given.strip()[-60:]!r}, not {asked.strip()[-60:]!r}")
+    try:
+        turns = conversation(value)
+    except Unusable as error:
+        raise DataError(f"{where}: {error.reason} {error.detail}".rstrip()) from error
+    if turns and turns[-1].role == "assistant":  # the response itself
+        turns.pop()
+    both = (turns, question.prompt)
+    given, asked = ([turn.content.strip() for turn in said if turn.role != "system"] for said in both)
+    alike = len(given) == len(asked) and all(
+        one == other or one.endswith(f"\n\n{other}") for one, other in zip(given, asked, strict=True)
+    )
+    if not alike:
+        some = [" … ".join(turns)[-60:] for turns in (given, asked)]
+        raise DataError(f"{where}: a response to another prompt: {some[0]!r}, not {some[1]!r}")
 
 
 def _check_alike(file: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -149,11 +162,8 @@ def pair_up(one: Side, other: Side, questions: Sequence[Question]) -> Paired:
             f"{len(uneven)} of {len(questions)} prompts have more responses of one side: prompt {place} has {a} of "
             f"{one.name} and {b} of {other.name}; give as many of both (--samples)"
         )
-    first: dict[Any, int] = {}
-    words = [tuple((turn.role, turn.content) for turn in question.prompt) for question in questions]
-    for place, said in enumerate(words):
-        first.setdefault(said, place)
+    units = units_of([question.prompt for question in questions])
     index = [place for place, (a, _) in enumerate(counts) for _ in range(a)]
-    unit = [first[words[place]] for place in index]
+    unit = [units[place] for place in index]
     ones, others = ([text for own in side.texts for text in own] for side in (one, other))
     return Paired(tuple(index), tuple(unit), tuple(ones), tuple(others))

@@ -8,6 +8,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from mlxpref.records import Prompt
+
 Interval = tuple[float, float]
 """Low and high end, in the units of what was measured."""
 
@@ -15,7 +17,7 @@ Interval = tuple[float, float]
 def mean_interval(
     scores: np.ndarray, prompts: Sequence[int], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
 ) -> Interval | None:
-    """Percentile bootstrap of the mean, whole prompts drawn with replacement.
+    """Bootstrap of the mean, whole prompts drawn with replacement, widened as ``expanded_interval`` does.
 
     Args:
         scores: (N,) of the samples.
@@ -23,20 +25,17 @@ def mean_interval(
             samples one by one would give too narrow an interval.
 
     Returns:
-        Ends that hold ``level`` of the resampled means; None for fewer than two prompts.
+        Low and high end; None for fewer than two prompts.
     """
-    _, of = np.unique(np.asarray(prompts), return_inverse=True)
-    counts = np.bincount(of)
-    if len(counts) < 2:
-        return None
-    sums = np.bincount(of, weights=scores)
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = rng.integers(len(counts), size=len(counts))
-        means.append(sums[drawn].sum() / counts[drawn].sum())
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    scores = np.asarray(scores, np.float64)
+    means = [scores[rows].mean() for rows in resampled(prompts, seed=seed, resamples=resamples)]
+    return expanded_interval(np.array(means), len(set(prompts)), level=level)
+
+
+def units_of(prompts: Sequence[Prompt]) -> list[int]:
+    """For each prompt the place of the first that is equal to it: equal prompts are one draw of chance."""
+    first: dict[tuple[tuple[str, str], ...], int] = {}
+    return [first.setdefault(tuple((turn.role, turn.content) for turn in said), at) for at, said in enumerate(prompts)]
 
 
 def resampled(prompts: Sequence[int], *, seed: int, resamples: int) -> Iterator[np.ndarray]:

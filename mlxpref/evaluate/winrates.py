@@ -126,20 +126,22 @@ def win_rate(
     def figures(rows: np.ndarray) -> list[float]:
         return [preferred[rows].mean(), _sigmoid(fit_length(preferred[rows], longer[rows])[0])]
 
-    if preferred.min() == preferred.max() in (0.0, 1.0):
-        rate_interval = equal_interval = _of_all_alike(float(preferred[0]), len(set(prompts)))
-    else:
-        rate_interval, equal_interval = _intervals(figures, prompts, seed, resamples)
     signs = np.array([(one.verdict.ahead, one.verdict.behind) for one in comparisons]) - 0.5
-    wins, losses = (float((sign * signs > TIE).all(1).mean()) for sign in (1, -1))
+    won, lost = ((sign * signs > TIE).all(1) for sign in (1, -1))
+    rate_interval, equal_interval = _intervals(figures, prompts, seed, resamples)
+    if won.all() or lost.all():
+        rate_interval, equal_interval = (
+            _of_all_alike(float(value), between, len(set(prompts)))
+            for value, between in ((preferred.mean(), rate_interval), (_sigmoid(theta), equal_interval))
+        )
     return WinRate(
         n=len(comparisons),
         prompts=len(set(prompts)),
         rate=float(preferred.mean()),
         interval=rate_interval,
-        wins=wins,
-        ties=1 - wins - losses,
-        losses=losses,
+        wins=float(won.mean()),
+        ties=float((~won & ~lost).mean()),
+        losses=float(lost.mean()),
         equal_lengths=_sigmoid(theta) if overlap else None,
         equal_lengths_interval=equal_interval if overlap else None,
         length_effect=phi if overlap else None,
@@ -156,12 +158,15 @@ def _places(verdicts: Sequence[Verdict], prompts: Sequence[int], seed: int, resa
     return Places(float(first.mean()), interval, float((sides[0] == sides[1]).mean()))
 
 
-def _of_all_alike(outcome: float, n: int) -> Interval | None:
-    """Of n prompts with one outcome, which a bootstrap takes for certain: Wilson's interval, 95 %."""
-    if n < 2:
+def _of_all_alike(rate: float, between: Interval | None, n: int) -> Interval | None:
+    """Where one side wins all n prompts a bootstrap knows nothing of others. Wilson's interval of 95 % says how many
+    of those may go to the other side, and with nothing for this one the interval reaches as far."""
+    if between is None:
         return None
-    low = n / (n + NormalDist().inv_cdf(0.975) ** 2)
-    return (low, 1.0) if outcome == 1 else (0.0, 1 - low)
+    alike = n / (n + NormalDist().inv_cdf(0.975) ** 2)
+    low, high = between
+    reach = alike * rate if rate > 0.5 else 1 - alike * (1 - rate)
+    return min(low, rate, reach), max(high, rate, reach)
 
 
 def _intervals(
