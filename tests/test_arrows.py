@@ -25,7 +25,7 @@ LOOP = SPINE | {"runs", "facts", "reference", "momentum", "schedules", "callback
 LOOP |= {"workers", "together", "planning"}
 AFTER = NAMED | {"adapters", "merging", "tensors", "conversion"}
 RUNS = LOOP | AFTER | {"report", "train", "evaluate", "generate", "parity", "sandbox", "doctor", "columns", "ablate"}
-RUNS |= {"bench"}
+RUNS |= {"bench", "diagnosis"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
@@ -64,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "facts": SPINE | {"prepare", "reference"},
     "loop": SPINE | {"callbacks", "runs", "schedules", "workers"},
     "assembly": LOOP,
+    "diagnosis": SPINE | {"runs"},
     "planning": SPINE | {"folders", "prepare", "reference", "steps"},
     "bench": RUNS,
     "train": RUNS,

@@ -1,0 +1,150 @@
+"""What evaluations and control curves of a policy say: what it forgot, and whether it writes what it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mlxpref.diagnosis.finding import Finding
+from mlxpref.diagnosis.record import RunRecord
+
+UNLEARNT = 0.05
+"""Nats a token by which good responses that were merely second have become less likely, from which it is said."""
+
+UNRELATED = 0.1
+"""Rank correlation of goal and score up to which the goal does not steer."""
+
+LONGER = 1.5
+"""Words at the top goal ÷ words of the base from which length has drifted; also downwards."""
+
+REPEATED = 0.15
+"""By how much more than the base's the share of repeated runs of four words may be."""
+
+FEWER = 0.5
+"""Share of different responses ÷ the base's below which the policy says the same to everything."""
+
+
+def findings(run: RunRecord) -> Iterator[Finding]:
+    """What is to be said of what was measured after training; nothing where nothing was."""
+    if run.evaluation is not None:
+        yield from _of_evaluation(run.evaluation)
+    if run.control is not None:
+        yield from _of_control(run.control)
+
+
+# --- evaluations ---
+
+
+def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
+    sensitivity = found.get("goal_sensitivity") or {}
+    mean, error = sensitivity.get("mean"), sensitivity.get("error")
+    if mean is not None and error is not None and mean <= 2 * error:
+        yield Finding(
+            "goal-ignored", "alarm",
+            "The goal in the prompt decides nothing.",
+            f"goal sensitivity {mean:.3f} ± {error:.3f} nats over {sensitivity['examples']} examples; 0 is ignoring it",
+            "Goals do not fit the responses, or the run is too short.",
+            "See with `mlxpref inspect` that each prompt states its response's score; train longer.",
+        )  # fmt: skip
+    for name, said in (("top", "asked for the top goal"), ("unconditioned", "asked without a goal")):
+        view = found["views"].get(name)
+        if view is None:
+            continue
+        change = view["change"]["high_score_rejected"]
+        if change["per_token"] is None or change["per_token"] > -UNLEARNT:
+            continue
+        yield Finding(
+            "good-responses-unlearnt", "warning" if name == "unconditioned" else "note",
+            "Good responses that were merely second have become less likely.",
+            f"{said}, rejected responses that score {found['high_score']:g} or more: {change['per_token']:+.2f} nats a "
+            f"token over {change['responses']} of them",
+            "Training without goals pushes down whatever was second, however good.",
+            "Train with goals (section relabel), which ask for such responses by their own score.",
+        )  # fmt: skip
+        return
+
+
+# --- control curves ---
+
+
+def _of_control(found: Mapping[str, Any]) -> Iterator[Finding]:
+    per_goal = [one for one in found["per_goal"] if one["goal"] is not None]
+    values = found["spearman"].values() if isinstance(found["spearman"], Mapping) else [found["spearman"]]
+    known = [value for value in values if value is not None]
+    if known and max(known) <= UNRELATED:
+        yield Finding(
+            "goal-does-not-steer", "alarm",
+            "What is written does not follow the goal.",
+            f"rank correlation of goal and score {max(known):.2f} over {sum(one['n'] for one in per_goal)} responses",
+            "The run is too short or its data have too few scores; or the scorer measures something else than the "
+            "data's scores.",
+            "Train longer, relabel with a wider range of goals, or score with what the data were scored with.",
+        )  # fmt: skip
+    base = (found.get("base") or {}).get("per_goal")
+    if not per_goal or not base:
+        return
+    yield from _against_base(max(per_goal, key=_height), base[0], found)
+
+
+def _against_base(top: Mapping[str, Any], base: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Finding]:
+    """What is written at the top goal beside what the base writes."""
+    if top["interval"] and base["interval"] and top["interval"][1] < base["interval"][0]:
+        yield Finding(
+            "worse-than-base", "alarm",
+            "Asked for the top goal, the policy writes worse than the base.",
+            f"score {_within(top)} against {_within(base)}",
+            "It was trained too far from the base (over-optimisation), or the goals run the other way.",
+            "Use an earlier checkpoint, a larger beta, or fewer training.iters.",
+        )  # fmt: skip
+    longer = top["words"] / max(base["words"], 1e-9)
+    if not 1 / LONGER < longer < LONGER:
+        yield Finding(
+            "length-drift", "warning",
+            f"Responses have become {'longer' if longer > 1 else 'shorter'}.",
+            f"{top['words']:.0f} words at the top goal, {base['words']:.0f} of the base",
+            "Length goes with the scores in the data, so it is learnt in quality's place.",
+            "Compare at equal length (`mlxpref winrate`); relabel.length_penalty takes length out of the scores.",
+        )  # fmt: skip
+    if top["distinct"] < FEWER * base["distinct"]:
+        yield Finding(
+            "same-response", "alarm",
+            "The policy says the same to many prompts.",
+            f"{top['distinct']:.0%} of its responses at the top goal differ, {base['distinct']:.0%} of the base's",
+            "It was trained too far from the base.",
+            "Use an earlier checkpoint, a larger beta, or a lower optimizer.learning_rate.",
+        )  # fmt: skip
+    again = _repeated(found.get("samples", ()), top["goal"])
+    before = _repeated(found["base"].get("samples", ()), None)
+    if again is not None and again > (before or 0.0) + REPEATED:
+        yield Finding(
+            "repetition", "warning",
+            "Responses repeat themselves.",
+            f"{again:.0%} of their runs of four words occurred before in the same response"
+            + ("" if before is None else f", {before:.0%} of the base's"),
+            "It was trained too far from the base, or long responses were cut, so that it never saw an end.",
+            "Use an earlier checkpoint or a larger beta; look at how many responses were cut.",
+        )  # fmt: skip
+
+
+def _within(one: Mapping[str, Any]) -> str:
+    low, high = one["interval"]
+    return f"{one['mean']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _height(one: Mapping[str, Any]) -> float:
+    """How high a goal is; of several attributes their sum."""
+    goal = one["goal"]
+    return float(sum(goal.values())) if isinstance(goal, Mapping) else float(goal)
+
+
+def _repeated(samples: Sequence[Mapping[str, Any]], goal: Any) -> float | None:
+    """Share of runs of four words that the same text had before, over the texts of a goal; None without any."""
+    total = different = 0
+    for sample in samples:
+        if sample["goal"] != goal:
+            continue
+        words = sample["text"].split()
+        runs = [tuple(words[place : place + 4]) for place in range(len(words) - 3)]
+        total += len(runs)
+        different += len(set(runs))
+    return 1 - different / total if total else None

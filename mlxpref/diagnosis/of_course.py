@@ -1,0 +1,281 @@
+"""What the learning curves of a run say: whether it learnt anything, too much, or something else.
+
+Log-ratios (policy − reference, nats) are the implicit rewards divided by β. Thresholds are in nats a token or
+shares of pairs, so that they mean the same for short responses and long ones; ``docs/diagnosis.md`` has the runs
+they were tried on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mlxpref.diagnosis.finding import Finding, Severity
+from mlxpref.diagnosis.record import RunRecord
+
+STARTED = 0.02
+"""Nats a token by which a policy that has made no step may differ from its reference: rounding."""
+
+FALLEN = 1.0
+"""Nats a token by which both responses have become less likely in a run that has come apart."""
+
+FAR = 0.5
+"""Nats a token from the reference that a β which still pulls does not allow at a reward of nearly 0."""
+
+FAINT = 0.02
+"""Implicit reward below which a loss hardly feels it."""
+
+STILL = 0.002
+"""Nats a token within which nothing has been learnt."""
+
+CHANCE = 1.12
+"""Sum of both halves' accuracies up to which the goal decides nothing; 1 is what ignoring it gives."""
+
+AGAINST, WITH = 0.4, 0.6
+"""Accuracy on validation rows up to which, and on training rows from which, the two contradict each other."""
+
+RISEN = 1.05
+"""Validation loss at the end ÷ at its best from which the run was too long."""
+
+LEARNT_BY_HEART = 0.99
+"""Accuracy on training rows from which there is nothing left to learn."""
+
+DISPLACED = 0.1
+"""Nats a token by which chosen responses have become less likely, from which it is said."""
+
+EARLY = 0.15
+"""Share of the steps within which a run that comes apart does so for want of a warm-up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far the policy is from its reference at the end, mean nats a token; signs as of the log-ratios.
+
+    Attributes:
+        chosen, rejected: preferred and other responses under their rows' goals.
+        reward: larger of their mean implicit rewards, without sign.
+    """
+
+    chosen: float
+    rejected: float
+    reward: float
+
+    @property
+    def furthest(self) -> float:
+        return max(abs(self.chosen), abs(self.rejected))
+
+
+def findings(run: RunRecord) -> Iterator[Finding]:
+    """What is to be said of the course of a run, causes before what they bring about."""
+    for rule in (_skipped, _nothing_moved, _other_reference, _came_apart, _faint, _hardly_moved, _against_validation):
+        found = rule(run)
+        if found is not None:
+            yield found
+            if found.severity == "alarm":  # what follows from it says nothing more
+                return
+    for rule in (_goal_ignored, _too_long, _displaced):
+        found = rule(run)
+        if found is not None:
+            yield found
+
+
+def moved(run: RunRecord, end: Callable[[str], float | None] | None = None) -> Moved | None:
+    """None for an objective without a reference, or metrics without rewards.
+
+    Args:
+        end: which value of a metric counts; by default that of the last evaluation or steps.
+    """
+    if "reference" not in run.objective.needs or run.objective.beta <= 0:
+        return None
+    end = run.end if end is None else end
+    rewards = [end(f"rewards/{name}") for name in ("chosen", "rejected")]
+    lengths = [end(f"lengths/{name}") for name in ("chosen", "rejected")]
+    if None in rewards or None in lengths:
+        return None
+    per = [1.0 if run.objective.per_token else length for length in lengths if length]
+    chosen, rejected = (
+        reward / run.objective.beta / n for reward, n in zip(rewards, per, strict=True) if reward is not None
+    )
+    return Moved(chosen, rejected, max(abs(reward) for reward in rewards if reward is not None))
+
+
+# --- rules ---
+
+
+def _skipped(run: RunRecord) -> Finding | None:
+    skipped = run.series.get("skipped_steps")
+    n = 0 if skipped is None else int(skipped.values[-1])
+    if not n:
+        return None
+    severity: Severity = "alarm" if n > 0.1 * run.step else "warning"
+    return Finding(
+        "skipped-steps", severity,
+        "Steps were skipped: their gradients were not finite.",
+        f"{n} of {run.step} steps",
+        "Numbers overflow in half precision, the learning rate is too high, or a row is odd.",
+        "Set model.dtype: float32, or a lower optimizer.learning_rate.",
+    )  # fmt: skip
+
+
+def _nothing_moved(run: RunRecord) -> Finding | None:
+    norm = run.series.get("grad_norm")
+    if norm is None or norm.values.max() > 0:
+        return None
+    return Finding(
+        "nothing-trained", "alarm",
+        "Nothing was trained: every gradient is 0.",
+        f"grad_norm is 0 in all of {len(norm.values)} steps",
+        "The adapter is frozen or weighs nothing (a scale of 0), or the loss is flat where the run starts.",
+        "Give adapter.lora_parameters.scale (or alpha) a value above 0, and see in `mlxpref train`'s first lines how "
+        "many parameters are trainable.",
+    )  # fmt: skip
+
+
+def _other_reference(run: RunRecord) -> Finding | None:
+    start = moved(run, run.first)
+    if start is None or start.furthest <= STARTED:
+        return None
+    meant = run.config.adapter.init_from is not None and run.config.reference.previous is None
+    return Finding(
+        "other-reference", "note" if meant else "alarm",
+        "The reference is not the policy that the run started from.",
+        f"before the first update the policy is {start.chosen:+.2f} nats a token from its reference on preferred "
+        f"responses and {start.rejected:+.2f} on the others; 0 is expected",
+        "The run goes on with an adapter (adapter.init_from) and its reference is the base." if meant else
+        "reference.previous names another policy than the one that is trained on.",
+        "Leave it if the distance to the base is meant; else name that adapter in reference.previous." if meant else
+        "Leave reference.previous out, or name the adapter there that adapter.init_from names.",
+    )  # fmt: skip
+
+
+def _came_apart(run: RunRecord) -> Finding | None:
+    here, first = moved(run), run.first("loss")
+    if here is None or first is None or max(here.chosen, here.rejected) > -FALLEN or here.reward < FAINT:
+        return None
+    loss = run.end("loss")
+    if loss is None or loss <= first:
+        return None
+    risen = run.series["loss"]
+    when = int(risen.steps[(risen.values > 1.5 * first).argmax()]) if (risen.values > 1.5 * first).any() else run.step
+    schedule = run.config.optimizer.schedule
+    unwarmed = not schedule.warmup_steps and not schedule.warmup_ratio and when <= max(5, EARLY * run.n_steps)
+    rate = run.config.optimizer.learning_rate
+    return Finding(
+        "no-warm-up" if unwarmed else "learning-rate-too-high", "alarm",
+        "The run came apart" + (" in its first steps." if unwarmed else "."),
+        f"loss {first:.2f} at first, {loss:.2f} at the end, above {1.5 * first:.2f} from step {when}; preferred "
+        f"responses are {-here.chosen:.1f} nats a token less likely than to the reference, the others "
+        f"{-here.rejected:.1f}",
+        f"The learning rate ({rate:g}) is at its full height from the first step." if unwarmed else
+        f"The learning rate ({rate:g}) is too high.",
+        f"Set optimizer.schedule.warmup_ratio: 0.1; if that is not enough, optimizer.learning_rate: {rate / 10:g}."
+        if unwarmed else f"Set optimizer.learning_rate: {rate / 10:g}.",
+    )  # fmt: skip
+
+
+def _faint(run: RunRecord) -> Finding | None:
+    here, beta = moved(run), run.objective.beta
+    if here is None or here.furthest < FAR or here.reward > FAINT * 5:
+        return None
+    return Finding(
+        "beta-too-small", "alarm",
+        "Nothing holds the policy near its reference.",
+        f"preferred responses moved by {here.chosen:+.1f} nats a token and the others by {here.rejected:+.1f}, and "
+        f"with beta {beta:g} that is a reward of {here.reward:.1g}",
+        f"beta {beta:g} is so small that the loss does not feel how far the policy has gone.",
+        "Set objective.beta to 0.01–0.5 (0.1 is usual).",
+    )  # fmt: skip
+
+
+def _hardly_moved(run: RunRecord) -> Finding | None:
+    here = moved(run)
+    if here is None or here.furthest > STILL:
+        return None
+    accuracy = run.end("rewards/accuracies")
+    if accuracy is not None and accuracy > WITH:
+        return None
+    rate = run.config.optimizer.learning_rate
+    return Finding(
+        "learning-rate-too-low", "alarm",
+        "Hardly anything was learnt.",
+        f"after {run.step} steps responses are {here.furthest:.1g} nats a token from the reference"
+        + ("" if accuracy is None else f", accuracy {accuracy:.0%}"),
+        f"The learning rate ({rate:g}) is too low, or the run too short.",
+        f"Set optimizer.learning_rate: {rate * 10:g}, or more training.iters.",
+    )  # fmt: skip
+
+
+def _against_validation(run: RunRecord) -> Finding | None:
+    found, trained = run.series.get("eval_rewards/accuracies"), run.trained("rewards/accuracies")
+    if found is None or trained is None:
+        return None
+    evaluated = float(found.values[-1])
+    if evaluated > AGAINST or trained < WITH:
+        return None
+    return Finding(
+        "labels-flipped", "alarm",
+        "The run learns the opposite of what the validation rows prefer.",
+        f"accuracy {trained:.0%} on training rows, {evaluated:.0%} on validation rows (a coin has 50 %)",
+        "Chosen and rejected, or the direction of the scores, are exchanged in one of the two.",
+        "Look at both with `mlxpref inspect`; exchange data.columns, or set relabel.direction where low scores are "
+        "good.",
+    )  # fmt: skip
+
+
+def _goal_ignored(run: RunRecord) -> Finding | None:
+    found = (run.end(f"{name}_half/rewards/accuracies") for name in ("chosen", "rejected"))
+    halves = [value for value in found if value is not None]
+    if len(halves) < 2 or sum(halves) > CHANCE:
+        return None
+    same = min(halves) < AGAINST < WITH < max(halves)
+    return Finding(
+        "goal-ignored", "alarm",
+        "The goal in the prompt decides nothing.",
+        f"accuracy {halves[0]:.0%} where the goal is the chosen response's score and {halves[1]:.0%} where it is the "
+        f"other's; a model that ignores the goal has 100 % in sum",
+        "The policy prefers the same response whatever is asked for: one half outweighs the other, or goals do not "
+        "reach it." if same else
+        "The goals do not fit the responses (other rows' scores, a column in the wrong order), or the run is too "
+        "short.",
+        "See with `mlxpref inspect` that each prompt states its response's score; train on relabel.halves: both with "
+        "batching.keep_together, and longer.",
+    )  # fmt: skip
+
+
+def _too_long(run: RunRecord) -> Finding | None:
+    losses = run.series.get("eval_loss")
+    if losses is None or len(losses.values) < 3:
+        return None
+    best = int(losses.values.argmin())
+    if losses.values[best] <= 0 or losses.values[-1] < RISEN * losses.values[best]:
+        return None
+    trained = run.trained("rewards/accuracies") or 0.0
+    saturated = trained >= LEARNT_BY_HEART
+    kept = (run.folder / "best").is_dir()
+    step = int(losses.steps[best])
+    return Finding(
+        "margins-saturated" if saturated else "too-long", "warning",
+        "The run went on after the validation loss was at its lowest.",
+        f"{losses.values[best]:.3f} at step {step}, {losses.values[-1]:.3f} at the end"
+        + (f"; accuracy on training rows {trained:.0%}" if saturated else ""),
+        "The training pairs are known by heart: margins still grow on them, and on no others." if saturated else
+        "The policy fits the training pairs further than they tell of others.",
+        (f"Use {run.folder / 'best'}, " if kept else "Set training.best_metric: eval_loss, which keeps the best, ")
+        + f"or stop at {step} steps (training.iters, training.early_stopping).",
+    )  # fmt: skip
+
+
+def _displaced(run: RunRecord) -> Finding | None:
+    """Likelihood displacement: what is preferred becomes less likely, too, only less so."""
+    here = moved(run)
+    if here is None or here.chosen > -DISPLACED:
+        return None
+    severe = here.chosen < -5 * DISPLACED
+    return Finding(
+        "chosen-less-likely", "warning" if severe else "note",
+        "Preferred responses have become less likely than they were (likelihood displacement).",
+        f"{here.chosen:+.2f} nats a token, the others {here.rejected:+.2f}",
+        "The loss asks for a difference only; where two responses are alike, both fall together.",
+        "It is no fault by itself: look at what is written (`mlxpref generate`). To stop it, add a term "
+        "{name: sft, weight: 0.1} to objective, or drop pairs that hardly differ (relabel.min_gap).",
+    )  # fmt: skip
