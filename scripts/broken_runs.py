@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # started as a script, from anywhere
 
 from mlxpref.config_layers import load_config  # noqa: E402 - found by the line above
+from mlxpref.data.tokenization import load_tokenizer  # noqa: E402 - found by the line above
 from mlxpref.diagnosis import diagnose, read_record  # noqa: E402 - found by the line above
 from mlxpref.sandbox import FILES  # noqa: E402 - found by the line above
 from mlxpref.train import train  # noqa: E402 - found by the line above
@@ -43,13 +44,13 @@ class Broken:
     Attributes:
         settings: over ``configs/sandbox.yaml``.
         rows: what becomes of the training rows.
-        after: a run that has to be there before, whose adapter is the reference.
+        after: two runs that have to be there before: the adapter trained on, and the one its reference comes from.
     """
 
     wanted: str | None
     settings: dict[str, Any] = field(default_factory=dict)
     rows: Callable[[Rows], Rows] = list
-    after: str | None = None
+    after: tuple[str, str] | None = None
 
 
 def flipped(rows: Rows) -> Rows:
@@ -71,16 +72,19 @@ def same_texts(rows: Rows) -> Rows:
 
 
 def one_length(rows: Rows) -> Rows:
-    """Responses of six words."""
-    return [{**row, **{side: " ".join(row[side].split()[:6]) for side in ("chosen", "rejected")}} for row in rows]
+    """Responses cut off after ten tokens."""
+    tokenizer = load_tokenizer(str(FILES / "model"))
+
+    def cut(text: str) -> str:
+        return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:10]))
+
+    return [{**row, **{side: cut(row[side]) for side in ("chosen", "rejected")}} for row in rows]
 
 
 def tied(rows: Rows) -> Rows:
     """Every other pair with one score twice."""
     return [row if place % 2 else {**row, "score_rejected": row["score_chosen"]} for place, row in enumerate(rows)]
 
-
-PLAIN_DPO = [{"name": "dpo", "beta": 0.1}]
 
 RUNS: dict[str, Broken] = {
     "healthy": Broken(None),
@@ -90,7 +94,7 @@ RUNS: dict[str, Broken] = {
     "beta-tiny": Broken("beta-too-small", {"objective": [{"name": "dpo", "beta": 1e-5}]}),
     "labels-flipped": Broken("labels-flipped", rows=flipped),
     "goals-shuffled": Broken("goal-ignored", rows=shuffled),
-    "reference-wrong": Broken("other-reference", after="labels-flipped"),
+    "reference-wrong": Broken("other-reference", {"reference.momentum": 3}, after=("healthy", "labels-flipped")),
     "chosen-is-rejected": Broken("most-rows-dropped", rows=same_texts),
     "one-length": Broken("one-length", rows=one_length),
     "no-warm-up": Broken("no-warm-up", {"optimizer.learning_rate": 10 * RATE, "optimizer.schedule.warmup_ratio": 0}),
@@ -118,7 +122,8 @@ def make(name: str, folder: Path, *, steps: dict[str, int] = STEPS) -> Path:
         **broken.settings,
     }
     if broken.after is not None:
-        settings["reference.previous"] = str(make(broken.after, folder, steps=steps))
+        start, previous = (str(make(before, folder, steps=steps)) for before in broken.after)
+        settings |= {"adapter.init_from": start, "reference.previous": previous}
     train(load_config(ROOT / "configs" / "sandbox.yaml", list(settings.items())))
     return target
 

@@ -335,7 +335,8 @@ def _compare(a: Any, b: Any, largest: float = 1e-5) -> None:
     whole = np.concatenate([np.ravel(a[name]) for name in sorted(a)])
     off = np.concatenate([np.ravel(a[name] - b[name]) for name in sorted(a)])
     assert np.linalg.norm(whole) > 1 and np.linalg.norm(off) <= largest * np.linalg.norm(whole)
-    assert np.abs(off).max() <= largest * np.abs(whole).max()
+    # Adam divides by a gradient's own size: where that is nearly 0 rounding weighs more, and processors differ.
+    assert np.abs(off).max() <= 5 * largest * np.abs(whole).max()
     assert abs(off.mean()) <= 1e-2 * largest * np.abs(whole).mean()
 
 

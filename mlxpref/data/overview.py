@@ -23,10 +23,9 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
     Returns:
         ``rows``, ``examples``; ``contradicting``: rows whose prompt, goal included, also occurs with the same
         responses in another order; ``cut``: rows whose prompt, and of which a response, was cut; ``tokens``:
-        quantiles of ``prompts``, ``chosen``, ``rejected``. Over examples, chosen being the best by score, else the
-        first: ``chosen_longer`` and ``equally_long``, shares of the responses it is compared with; ``scores``: a
-        histogram of the ``chosen`` and the ``rejected`` ones over ``edges``, None without scores; ``one_length``:
-        the tokens of every response where all have the same number, else None.
+        quantiles of ``prompts``, ``chosen``, ``rejected`` and of all ``responses``. Over examples, chosen being the
+        best by score, else the first: ``chosen_longer`` and ``equally_long``, shares of the responses it is compared
+        with; ``scores``: a histogram of the ``chosen`` and the ``rejected`` ones over ``edges``, None without scores.
     """
     orders: dict[bytes, set[bytes]] = {}
     keys: list[bytes] = []
@@ -45,7 +44,6 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
     chosen = [one[0] for one in examples]
     rejected = [n for one in examples for n in one[1]]
     compared = [(one[0], n) for one in examples for n in one[1]]
-    lengths = {*chosen, *rejected}
     return {
         "rows": len(keys),
         "examples": len(examples),
@@ -55,10 +53,10 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
             "prompts": _quantiles(one[2] for one in examples),
             "chosen": _quantiles(chosen),
             "rejected": _quantiles(rejected),
+            "responses": _quantiles([*chosen, *rejected]),
         },
         "chosen_longer": _share(a > b for a, b in compared),
         "equally_long": _share(a == b for a, b in compared),
-        "one_length": lengths.pop() if len(lengths) == 1 else None,
         "scores": _histogram([one[3] for one in examples if one[3]]),
     }
 

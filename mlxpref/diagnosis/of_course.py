@@ -16,6 +16,9 @@ from mlxpref.diagnosis.record import RunRecord
 STARTED = 0.02
 """Nats a token by which a policy that has made no step may differ from its reference: rounding."""
 
+USUAL_MOMENTUM = 1.0
+"""Up to which a reference that has been carried on is what was asked for."""
+
 FALLEN = 1.0
 """Nats a token by which both responses have become less likely in a run that has come apart."""
 
@@ -135,16 +138,18 @@ def _other_reference(run: RunRecord) -> Finding | None:
     start = moved(run, run.first)
     if start is None or start.furthest <= STARTED:
         return None
-    meant = run.config.adapter.init_from is not None and run.config.reference.previous is None
+    momentum = run.config.reference.momentum
+    meant = momentum is not None and momentum <= USUAL_MOMENTUM
     return Finding(
         "other-reference", "note" if meant else "alarm",
         "The reference is not the policy that the run started from.",
         f"before the first update the policy is {start.chosen:+.2f} nats a token from its reference on preferred "
         f"responses and {start.rejected:+.2f} on the others; 0 is expected",
-        "The run goes on with an adapter (adapter.init_from) and its reference is the base." if meant else
-        "reference.previous names another policy than the one that is trained on.",
-        "Leave it if the distance to the base is meant; else name that adapter in reference.previous." if meant else
-        "Leave reference.previous out, or name the adapter there that adapter.init_from names.",
+        "The reference log-probs are those of another policy." if momentum is None else
+        f"reference.momentum {momentum:g} carries the reference on from reference.previous, "
+        + ("as it should." if meant else "and further than a round's own step."),
+        "" if meant else "Start with an empty reference.store." if momentum is None else
+        "Name the adapter in reference.previous that adapter.init_from was trained from, and a momentum of about 0.3.",
     )  # fmt: skip
 
 
@@ -152,7 +157,7 @@ def _came_apart(run: RunRecord) -> Finding | None:
     here, first = moved(run), run.first("loss")
     if here is None or first is None or max(here.chosen, here.rejected) > -FALLEN or here.reward < FAINT:
         return None
-    loss = run.end("loss")
+    loss = run.trained("loss")
     if loss is None or loss <= first:
         return None
     risen = run.series["loss"]
@@ -163,8 +168,8 @@ def _came_apart(run: RunRecord) -> Finding | None:
     return Finding(
         "no-warm-up" if unwarmed else "learning-rate-too-high", "alarm",
         "The run came apart" + (" in its first steps." if unwarmed else "."),
-        f"loss {first:.2f} at first, {loss:.2f} at the end, above {1.5 * first:.2f} from step {when}; preferred "
-        f"responses are {-here.chosen:.1f} nats a token less likely than to the reference, the others "
+        f"loss on training rows {first:.2f} at first, {loss:.2f} at the end, above {1.5 * first:.2f} from step {when}; "
+        f"preferred responses are {-here.chosen:.1f} nats a token less likely than to the reference, the others "
         f"{-here.rejected:.1f}",
         f"The learning rate ({rate:g}) is at its full height from the first step." if unwarmed else
         f"The learning rate ({rate:g}) is too high.",

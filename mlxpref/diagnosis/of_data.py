@@ -16,6 +16,12 @@ CONTRADICTING = 0.05
 LONGER = 0.9
 """Share of pairs in which the chosen response is the longer one, from which length alone tells them apart."""
 
+ALIKE = 1.1
+"""95 % quantile of lengths ÷ 5 % quantile up to which responses have one length."""
+
+MANY = 20
+"""Examples from which that is no accident."""
+
 CUT = 0.1
 """Share of rows with a response cut, from which it is a fault."""
 
@@ -67,11 +73,12 @@ def _contradicting(rows: Mapping[str, Any], run: RunRecord) -> Iterator[Finding]
 
 
 def _lengths(rows: Mapping[str, Any]) -> Iterator[Finding]:
-    if rows["one_length"] is not None:
+    usual = rows["tokens"]["responses"]
+    if rows["examples"] >= MANY and usual["p95"] <= ALIKE * usual["p5"]:
         yield Finding(
             "one-length", "alarm",
-            f"All responses are {rows['one_length']} tokens long.",
-            f"shortest and longest chosen and rejected response of {rows['examples']} examples alike",
+            f"All responses are {usual['p50']:g} tokens long, or nearly so.",
+            f"nine in ten responses of {rows['examples']} examples have {usual['p5']:g} to {usual['p95']:g} tokens",
             "They were cut to one length before they came here (their ends, and what tells where a reply ends, are "
             "missing), or the wrong column was read.",
             "Look at them with `mlxpref inspect`; take the whole responses, or name the right columns in data.columns.",
