@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_layers": FILED | {"config", "data", "objectives"},
     "runs": FILED | {"data", "config", "config_layers", "metrics"},
     "reference": FILED | {"data", "workers"},
-    "report": FILED | {"metrics", "runs", "config"},
+    "report": FILED | {"metrics", "runs", "config", "config_layers", "diagnosis"},
     "names": VALUES,
     "optimizer_options": VALUES,
     "folders": VALUES,

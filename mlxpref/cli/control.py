@@ -17,12 +17,12 @@ from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_optio
 from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
-from mlxpref.evaluate import Achieved, ControlCurve, as_curve, control_curve
+from mlxpref.evaluate import Achieved, ControlCurve, control_curve
+from mlxpref.evaluate.control import draw_record
 from mlxpref.files import write_text
 from mlxpref.generate import NO_GOAL, Answer, Question, read_questions
 from mlxpref.records import Goal
 from mlxpref.report.canvas import picture_format
-from mlxpref.report.pictures import Line, draw_control_curve
 from mlxpref.rewards.scorer import Scorer, load_scorer, scorer_name
 
 EPILOG = """\b
@@ -99,12 +99,12 @@ def command(
     if options["compare_base"]:
         base = _asked(questions, [None], scorer, opened, options, "responses of the base", adapter=False)
     _show(found, base, scorer, options["top"])
+    named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
+    about = {**_record(found, base, prompts, questions, opened, options), **named}
     if options["json_file"] is not None:
-        named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
-        about = {**_record(found, base, prompts, questions, opened, options), **named}
         write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     if options["picture"] is not None:
-        _draw(found, base, scorer, recipe, options)
+        draw_record(about, options["picture"])
 
 
 def _goals(text: str | None, attribute: str | None, recipe: Recipe) -> list[Goal | None]:
@@ -189,19 +189,6 @@ def _row(name: str, one: Achieved) -> tuple[Any, ...]:
     shares = () if one.top_share is None else (f"{one.top_share:.0%}",)
     spread = "{:.2f} to {:.2f}".format(*one.spread)
     return name, f"{one.mean:.2f}", within, spread, *shares, f"{one.words:.0f}", f"{one.distinct:.0%}"
-
-
-def _draw(
-    found: ControlCurve, base: ControlCurve | None, scorer: Scorer, recipe: Recipe, options: Mapping[str, Any]
-) -> None:
-    attribute = options["attribute"] or (recipe.attributes[0] if recipe.attributes else None)
-    said = [f"{goal_words(one.goal)}: {one.mean:.1f}" for one in (found.per_goal[0], found.per_goal[-1])]
-    draw_control_curve(
-        [as_curve("policy", found.per_goal, attribute=attribute)], options["picture"],
-        title=f"What is asked for, and what is achieved ({', '.join(said)})",
-        lines=[] if base is None else [Line("base, without a goal", one.mean) for one in base.per_goal],
-        scale=recipe.goal_range, as_asked=False, y_label=f"{scorer_name(scorer)} of the responses",
-    )  # fmt: skip
 
 
 def _record(

@@ -15,15 +15,15 @@ KEYS = ("max_tokens", "temperature", "top_p", "seed", "batch_size")
 """As ``generate`` and ``control_curve`` call them."""
 
 
-def sampling_options(temperature: float) -> Callable[[F], F]:
-    """The options, with this temperature unless another is given."""
+def sampling_options(temperature: float | None) -> Callable[[F], F]:
+    """The options, with this temperature unless another is given; None leaves it to the command."""
     options = (
         click.option(
             "--temperature",
             "--temp",
             type=click.FloatRange(0),
             default=temperature,
-            show_default=True,
+            show_default=temperature is not None,
             metavar="X",
             help="Of the sampling; 0 takes the likeliest token every time.",
         ),

@@ -15,7 +15,7 @@ from mlxpref.cli import INTERRUPTED, console
 from mlxpref.cli.sources import SPLIT_HELP, source_option
 from mlxpref.config import Config
 from mlxpref.config_layers import dump_config, load_config, parse_setting, read_yaml
-from mlxpref.errors import UsageError
+from mlxpref.errors import MlxprefError, UsageError
 from mlxpref.workers import launched_rank
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -168,8 +168,24 @@ def command(
             raise SystemExit(INTERRUPTED) from None
         console.note(_after_a_stop(Path(config.output.adapter_path)))
         raise
+    if result.interrupted is None and launched_rank() == 0:
+        _diagnose(result.folder)
     if result.interrupted is not None:
         raise SystemExit(128 + result.interrupted if result.interrupted == signal.SIGTERM else 130)
+
+
+def _diagnose(folder: Path) -> None:
+    """Say what is wrong with a finished run, and where to read more."""
+    from mlxpref.diagnosis import diagnose, read_record
+
+    try:
+        alarms = [one for one in diagnose(read_record(folder)) if one.severity == "alarm"]
+    except MlxprefError as error:  # the run is whole all the same
+        console.note(f"not diagnosed: {error}")
+        return
+    for one in alarms:
+        console.warn(f"{one.what} {one.evidence}. {one.change}")
+    console.note(f"to look at it:  mlxpref report {shlex.quote(str(folder))}")
 
 
 def _after_a_stop(folder: Path) -> str:

@@ -46,6 +46,9 @@ LEARNT_BY_HEART = 0.99
 DISPLACED = 0.1
 """Nats a token by which chosen responses have become less likely, from which it is said."""
 
+LEARNING = 20
+"""Steps from which a run that has learnt nothing should have."""
+
 EARLY = 0.15
 """Share of the steps within which a run that comes apart does so for want of a warm-up."""
 
@@ -70,13 +73,14 @@ class Moved:
 
 def findings(run: RunRecord) -> Iterator[Finding]:
     """What is to be said of the course of a run, causes before what they bring about."""
-    for rule in (_skipped, _nothing_moved, _other_reference, _came_apart, _faint, _hardly_moved, _against_validation):
+    learning = (_hardly_moved, _against_validation) if run.step >= LEARNING else ()
+    for rule in (_skipped, _nothing_moved, _other_reference, _came_apart, _faint, *learning):
         found = rule(run)
         if found is not None:
             yield found
             if found.severity == "alarm":  # what follows from it says nothing more
                 return
-    for rule in (_goal_ignored, _too_long, _displaced):
+    for rule in (_goal_ignored, _too_long, _displaced) if run.step >= LEARNING else ():
         found = rule(run)
         if found is not None:
             yield found

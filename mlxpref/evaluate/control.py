@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mlxpref.errors import UsageError
 from mlxpref.evaluate.statistics import Interval, mean_interval, spearman, units_of
 from mlxpref.generate import Answer, Question, ask_all, generate
 from mlxpref.records import Goal
-from mlxpref.report.pictures import Curve, Point
+from mlxpref.report.pictures import Curve, Line, Point, draw_control_curve
 from mlxpref.rewards.scorer import Scorer, score_all
 
 VERSION = 1
@@ -243,6 +244,31 @@ def goal_correlation(samples: Sequence[Sample]) -> float | dict[str, float | Non
 
 
 # --- towards a picture ---
+
+
+def draw_record(record: Mapping[str, Any], file: Path) -> None:
+    """Draw what ``mlxpref control --json`` wrote into a PNG or SVG file, by its ending.
+
+    Raises:
+        UsageError: another ending, or nothing to draw. RunError: the file cannot be written.
+    """
+    of_goals = [one for one in record["per_goal"] if one["goal"] is not None]
+    recipe = Recipe.from_dict(record["recipe"])
+    attribute = record["options"]["attribute"] or (recipe.attributes[0] if recipe.attributes else None)
+    points = sorted((_point(one, attribute) for one in of_goals), key=lambda point: point.asked)
+    said = [f"{goal_words(one['goal'])}: {one['mean']:.1f}" for one in (of_goals[:1] + of_goals[-1:])]
+    base = (record["base"] or {}).get("per_goal", ())
+    draw_control_curve(
+        [Curve("policy", tuple(points))], file,
+        title=f"What is asked for, and what is achieved ({', '.join(said)})",
+        lines=[Line("base, without a goal", one["mean"]) for one in base],
+        scale=recipe.goal_range, as_asked=False, y_label=f"{record['options']['scorer']} of the responses",
+    )  # fmt: skip
+
+
+def _point(one: Mapping[str, Any], attribute: str | None) -> Point:
+    interval, spread = ((None if ends is None else (ends[0], ends[1])) for ends in (one["interval"], one["spread"]))
+    return Point(_on_axis(one["goal"], attribute), one["mean"], interval, spread)
 
 
 def as_curve(name: str, per_goal: Sequence[Achieved], *, attribute: str | None = None) -> Curve:

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+SCORE_BINS = 10
+"""Of scores at most; data with as many different scores or fewer have one bin for each."""
+
 Pair = tuple[int, int]
 """(preferred, dispreferred): places of two responses in the order of the source."""
 
@@ -89,6 +92,7 @@ def view_metrics(
         ),
         "by_gap": _by_gap(rows, roles, edges),
         "change": _changes(rows, roles, high_score),
+        "by_score": _by_score(rows, roles),
         "length": _length_bias(rows),
     }
 
@@ -172,6 +176,28 @@ def _changes(rows: Sequence[Judged], roles: Sequence[Roles], high_score: float |
         }
         for name, values in found.items()
     }
+
+
+def _by_score(rows: Sequence[Judged], roles: Sequence[Roles]) -> list[dict[str, Any]]:
+    """The same change by what the data say of a response: of each score, or where there are more than ``SCORE_BINS``
+    of as many bins of equally many responses. Scores rise; () without scores."""
+    found = sorted(
+        (score, float(ratio), float(ratio / n))
+        for row in rows
+        for score, ratio, n in zip(roles[row.source].scores or (), row.log_ratios, row.lengths, strict=False)
+    )
+    if not found:
+        return []
+    values = np.array(found)
+    distinct, of = np.unique(values[:, 0], return_inverse=True)
+    if len(distinct) > SCORE_BINS:
+        edges = np.unique(np.quantile(values[:, 0], np.linspace(0, 1, SCORE_BINS + 1)[1:-1]))
+        of = np.searchsorted(edges, values[:, 0], side="left")
+    groups = [values[of == place] for place in np.unique(of)]
+    return [
+        {"score": float(s), "responses": len(group), "sum": float(whole), "per_token": float(each)}
+        for group in groups for s, whole, each in [group.mean(0)]
+    ]  # fmt: skip
 
 
 def _length_bias(rows: Sequence[Judged]) -> dict[str, Any]:
