@@ -160,6 +160,7 @@ def _figure(chart: Chart, *, heading: bool) -> Any:
         axes.axhline(chart.level[0], color=FAINT, linestyle=":", linewidth=1.2, zorder=1)
         ends.append((chart.level[1], chart.level[0], FAINT))
     _dress(axes, chart)
+    _make_room(figure, axes)
     if len(ends) > 1:
         _name(figure, axes, ends)
     return figure
@@ -202,6 +203,15 @@ def _dress(axes: Any, chart: Chart) -> None:
     axes.spines[["left", "bottom"]].set_color(EDGE)
     if chart.lines:
         axes.margins(x=0.01)
+
+
+def _make_room(figure: Any, axes: Any) -> None:
+    """Long numbers push the axis' name over the edge: narrow the axes by as much."""
+    lacking = 0.05 * figure.dpi - axes.get_tightbbox(figure.canvas.get_renderer()).x0
+    if lacking > 0:
+        (x0, y0), (x1, y1) = axes.get_position().get_points()
+        by = lacking / figure.dpi / WIDTH
+        axes.set_position((x0 + by, y0, x1 - x0 - by, y1 - y0))
 
 
 def _name(figure: Any, axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:

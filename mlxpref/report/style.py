@@ -28,7 +28,7 @@ article.warning { border-color: var(--warning); } article.warning b { color: var
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.2rem 1.6rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .8rem; }
 .card { background: var(--panel); padding: .4rem .8rem; overflow-wrap: anywhere; }
-figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; }
+figure { margin: 0; min-width: 0; max-width: 38rem; } figcaption { font-weight: 600; }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: inherit; }
 summary { cursor: pointer; color: var(--faint); padding: .3rem 0; }
@@ -36,7 +36,7 @@ summary { cursor: pointer; color: var(--faint); padding: .3rem 0; }
 table { border-collapse: collapse; margin: .4rem 0; }
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--grid);
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+  font-variant-numeric: tabular-nums; max-width: 38rem; }
 th { font-weight: 400; color: var(--faint); } thead th { font-weight: 600; }
 pre { overflow-x: auto; background: var(--panel); padding: .8rem; }
 """
