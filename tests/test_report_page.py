@@ -200,6 +200,7 @@ def test_a_page_follows_its_run(served: Any) -> None:
     for path, headers, code in (("/etc", {}, 404), ("/", {"Host": "elsewhere.example"}, 403)):
         with pytest.raises(urllib.error.HTTPError) as error:
             get(path, **headers)
+        error.value.close()
         assert error.value.code == code
 
 
