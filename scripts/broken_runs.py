@@ -104,7 +104,7 @@ RUNS: dict[str, Broken] = {
 }
 
 
-def make(name: str, folder: Path, *, steps: dict[str, int] = STEPS) -> Path:
+def make(name: str, folder: Path) -> Path:
     """Train a run of the table into a folder beside the others; its run folder."""
     broken, target = RUNS[name], folder / name
     if (target / "run.json").is_file():
@@ -118,11 +118,11 @@ def make(name: str, folder: Path, *, steps: dict[str, int] = STEPS) -> Path:
         "data.source": str(source),
         "data.valid": str(FILES / "valid.jsonl"),
         "output.adapter_path": str(target),
-        **steps,
+        **STEPS,
         **broken.settings,
     }
     if broken.after is not None:
-        start, previous = (str(make(before, folder, steps=steps)) for before in broken.after)
+        start, previous = (str(make(before, folder)) for before in broken.after)
         settings |= {"adapter.init_from": start, "reference.previous": previous}
     train(load_config(ROOT / "configs" / "sandbox.yaml", list(settings.items())))
     return target

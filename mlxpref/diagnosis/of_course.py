@@ -238,7 +238,7 @@ def _goal_ignored(run: RunRecord) -> Finding | None:
         return None
     same = min(halves) < AGAINST < WITH < max(halves)
     return Finding(
-        "goal-ignored", "alarm",
+        "goal-ignored", "alarm" if same else "warning",
         "The goal in the prompt decides nothing.",
         f"accuracy {halves[0]:.0%} where the goal is the chosen response's score and {halves[1]:.0%} where it is the "
         f"other's; a model that ignores the goal has 100 % in sum",
