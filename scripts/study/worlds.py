@@ -1,0 +1,139 @@
+"""Scored pairs of the sandbox's world under conditions: what a judge saw, and which responses there were."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlxpref.files import write_text
+from mlxpref.sandbox.examples import Row, pairs
+
+N_PAIRS = 1400
+"""Of a world, as in the quickstart."""
+
+GAP = 3
+"""Points that the two scores are apart at least, as a judge sees them."""
+
+DRAWN = 12_000
+"""Pairs to choose from."""
+
+
+def write_world(name: str, folder: Path, *, base: Callable[[list[str]], list[str]] | None = None) -> Path:
+    """A world's pairs as a JSONL file; the same whenever it is written.
+
+    Args:
+        base: prompts → a response to each, drawn from the base model; for the world ``own``.
+    """
+    file = folder / f"{name}.jsonl"
+    if not file.is_file():
+        rows = WORLDS[name](random.Random(f"study {name}"), base)
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _drawn() -> Iterator[Row]:
+    yield from pairs(DRAWN, "train", seed=77)
+
+
+def _first(rows: Iterator[Row], n: int = N_PAIRS) -> list[Row]:
+    kept = [row for _, row in zip(range(n), rows, strict=False)]
+    if len(kept) < n:
+        raise SystemExit(f"{len(kept)} pairs, {n} are needed: raise DRAWN")
+    return kept
+
+
+def _clear(rng: random.Random, base: Any, *, n: int = N_PAIRS, gap: int = GAP) -> list[Row]:
+    """The judge sees the gold score."""
+    return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] >= gap), n)
+
+
+def _odd(rng: random.Random, base: Any) -> list[Row]:
+    """Scores are odd, so that no even goal is ever stated."""
+    clear = (row for row in _drawn() if row["score_chosen"] - row["score_rejected"] >= GAP)
+    return _first(row for row in clear if row["score_chosen"] % 2 and row["score_rejected"] % 2)
+
+
+def _ties(rng: random.Random, base: Any) -> list[Row]:
+    """As many pairs again, their scores equal."""
+    equal = (row for row in _drawn() if row["score_chosen"] == row["score_rejected"])
+    rows = _clear(rng, base) + _first(equal, N_PAIRS // 2)
+    rng.shuffle(rows)
+    return rows
+
+
+def _noisy(rng: random.Random, base: Any, *, deviation: float) -> list[Row]:
+    """The judge's scores are off by so many points (standard deviation); it prefers what it takes for better."""
+
+    def seen() -> Iterator[Row]:
+        for row in _drawn():
+            gold = (row["score_chosen"], row["score_rejected"])
+            scores = [min(10, max(1, round(score + rng.gauss(0, deviation)))) for score in gold]
+            if abs(scores[0] - scores[1]) >= GAP:
+                yield _judged(row, scores)
+
+    return _first(seen())
+
+
+def _judged(row: Row, scores: list[int]) -> Row:
+    texts = [row["chosen"], row["rejected"]]
+    best = int(scores[1] > scores[0])
+    return {
+        "prompt": row["prompt"], "chosen": texts[best], "rejected": texts[1 - best],
+        "score_chosen": scores[best], "score_rejected": scores[1 - best],
+    }  # fmt: skip
+
+
+def _conflict(rng: random.Random, base: Any) -> list[Row]:
+    """What is better in content is worse in form: the two halves of the score pull against each other."""
+
+    def torn(row: Row) -> bool:
+        content, form = (row[f"{name}_chosen"] - row[f"{name}_rejected"] for name in ("content", "form"))
+        return content * form < 0 and row["score_chosen"] > row["score_rejected"]
+
+    return _first(row for row in _drawn() if torn(row))
+
+
+def _sparse(rng: random.Random, base: Any) -> list[Row]:
+    """Good responses are rare: one pair in fifty has one of 8 points or more, all others have 6 at most."""
+    good, poor = [], []
+    for row in _drawn():
+        if row["score_chosen"] - row["score_rejected"] < 2:
+            continue
+        (good if row["score_chosen"] >= 8 else poor if row["score_chosen"] <= 6 else []).append(row)
+    rows = _first(iter(poor), N_PAIRS - N_PAIRS // 50) + _first(iter(good), N_PAIRS // 50)
+    rng.shuffle(rows)
+    return rows
+
+
+def _own(rng: random.Random, base: Any) -> list[Row]:
+    """Both responses are the base model's own, drawn at temperature 1."""
+    from mlxpref.sandbox.gold import gold
+
+    prompts = [row["prompt"] for _, row in zip(range(4 * N_PAIRS), _drawn(), strict=False)]
+    found = []
+    for prompt, one, other in zip(prompts, base(prompts), base(prompts[::-1])[::-1], strict=True):
+        scored = sorted(((gold(prompt, text).score, text) for text in (one, other)), reverse=True)
+        if scored[0][0] - scored[1][0] >= GAP and all(text.strip() for _, text in scored):
+            found.append({
+                "prompt": prompt, "chosen": scored[0][1], "rejected": scored[1][1],
+                "score_chosen": scored[0][0], "score_rejected": scored[1][0],
+            })  # fmt: skip
+    return _first(iter(found))
+
+
+WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
+    "clear": _clear,
+    "twice": partial(_clear, n=2 * N_PAIRS),
+    "odd": _odd,
+    "ties": _ties,
+    "noisy-2": partial(_noisy, deviation=2.0),
+    "noisy-4": partial(_noisy, deviation=4.0),
+    "conflict": _conflict,
+    "sparse": _sparse,
+    "own": _own,
+}
+"""By name; its docstring says what it is."""
