@@ -16,6 +16,7 @@ from mlxpref.config import Config
 from mlxpref.config_layers import dump_config
 from mlxpref.data.batching import collate_step
 from mlxpref.data.columns import available_columns, widths_of
+from mlxpref.data.overview import overview
 from mlxpref.data.plan import Plan
 from mlxpref.data.sizes import sizes_of
 from mlxpref.data.stored import Joined
@@ -116,6 +117,7 @@ class Assembly:
             time=self.now(),
         )  # fmt: skip
         facts["starts"][-1]["workers"] = self.workers.size
+        facts["data"]["train"] = self._overview(known, data)
         for text in check_same(known, facts, run.path):
             self.listeners.on_note(f"warning: {text}")
         run.begin(dump_config(config), facts)
@@ -154,6 +156,13 @@ class Assembly:
             clock=clock,
             checkpoint=checkpoint.folder if checkpoint is not None else None,
         )
+
+    def _overview(self, known: Mapping[str, Any], data: Prepared) -> Mapping[str, Any] | None:
+        """Figures of the training rows: a resumed run has them, and only worker 0 writes them down."""
+        before = known.get("data", {})
+        if before.get("fingerprint") == data.fingerprint and before.get("train") is not None:
+            return dict(before["train"])
+        return overview(data.train) if self.workers.rank == 0 else None
 
     # --- what a run is made of ---
 

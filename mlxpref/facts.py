@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 from mlxpref.config import Config
-from mlxpref.data.overview import overview
 from mlxpref.data.plan import Plan
 from mlxpref.data.words import counted
 from mlxpref.errors import AdapterError, ConfigError, RunError, raise_all
@@ -119,7 +118,6 @@ def run_facts(
             "fingerprint": data.fingerprint,
             "train_rows": len(data.train),
             "valid_rows": len(data.valid),
-            "train": overview(data.train),
             "said": list(data.said),
             "counts": {
                 stage: {"kept": counts.kept, "dropped": dict(counts.dropped)}

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mlxpref.data.goal_template import check_states_none
 from mlxpref.data.messages import Unusable, conversation
 from mlxpref.data.readers import READERS, ending
 from mlxpref.data.recipe import Recipe
@@ -80,6 +81,8 @@ def ask(question: Question, goal: Goal | None, recipe: Recipe | None, tokenizer:
     """
     if goal is not None and recipe is None:
         raise UsageError("a goal needs a recipe: this policy was trained without goals (or give --recipe)")
+    if goal is not None:
+        check_states_none(tokenizer)
     prompt = question.prompt
     written = prompt if goal is None or recipe is None else recipe.write(prompt, goal)[0]
     return Asked(index, written, goal, tuple(encode_prompt(written, tokenizer, tools=question.tools)))

@@ -16,6 +16,7 @@ from typing import Any
 from mlxpref.config import Config, RelabelSection
 from mlxpref.data.cards import Made
 from mlxpref.data.columns import texts_of
+from mlxpref.data.goal_template import check_states_none
 from mlxpref.data.recipe import Recipe, resolve_carrier
 from mlxpref.data.relabel_sources import RelabelledSplits, relabel_splits
 from mlxpref.data.relabelled import Relabelled, is_relabelled, read_relabelled
@@ -89,6 +90,8 @@ def prepare(config: Config, *, tokenizer: Any = None, needs: Collection[str] = (
         raise_all(_unused_beside_relabelled(config), ConfigError, f"{config.data.source} is relabelled already:")
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
+    if relabelled or config.relabel is not None:
+        check_states_none(tokenizer)
     conditioned = _from_folder(config, found) if relabelled else _from_sources(config, tokenizer, found)
     raise_all(
         list(dict.fromkeys(_made_otherwise(config, needs, found.columns))), ConfigError,

@@ -30,7 +30,7 @@ def overview(**changes: Any) -> dict[str, Any]:
     """Of the training rows, nothing amiss."""
     usual = {"p5": 8.0, "p50": 20.0, "p95": 40.0, "max": 60.0}
     return {
-        "rows": 1000, "examples": 500, "contradicting": 0, "cut": {"prompts": 0, "responses": 0},
+        "rows": 1000, "examples": 500, "responses_each": 2.0, "contradicting": 0, "cut": {"prompts": 0, "responses": 0},
         "tokens": {name: dict(usual) for name in ("prompts", "chosen", "rejected", "responses")},
         "chosen_longer": 0.55, "equally_long": 0.05,
         "scores": {"edges": [0.5, 1.5, 2.5], "chosen": [10, 490], "rejected": [480, 20]},
@@ -48,6 +48,7 @@ def write_run(
     settings: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     counts: Mapping[str, Any] | None = None,
+    n_valid: int = 100,
 ) -> Path:
     """A run folder.
 
@@ -55,6 +56,7 @@ def write_run(
         metrics, evaluated: (step, n_steps) → metrics over ``healthy``'s, of training and of the evaluation every
             ``every`` steps; by default nothing else.
         settings: dotted keys of the configuration. data: over ``overview``'s. counts: of stages.
+        n_valid: validation rows.
     """
     folder.mkdir(parents=True)
     usual = {"model.path": "a-model", "data.source": "pairs.jsonl", "relabel.goal_range": [1, 10],
@@ -66,7 +68,7 @@ def write_run(
         "starts": [{"time": "2026-11-21T10:00:00+00:00", "step": 0, "versions": {"python": "3.11.7", "mlx": "0.32.4"},
                     "commit": "0" * 40, "device": DEVICE}],
         "objective": "dpo", "model": {"path": "a-model", "parameters": 1000, "trainable": 10},
-        "data": {"fingerprint": "f" * 64, "train_rows": 1000, "valid_rows": 100, "counts": counts or {},
+        "data": {"fingerprint": "f" * 64, "train_rows": 1000, "valid_rows": n_valid, "counts": counts or {},
                  "recipe": {"goal_range": [1, 10]}, "train": overview(**(data or {}))},
         "plan": {"steps": n_steps, "epochs": 1.0, "shapes": 3, "tokens": 20000, "padding": 0.05},
     }  # fmt: skip

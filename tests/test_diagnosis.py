@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mlxpref.data.door import LEFT_OUT
 from mlxpref.data.overview import overview
+from mlxpref.data.tokens import TOO_LONG
 from mlxpref.diagnosis import diagnose, read_record
 from mlxpref.errors import DataError, RunError
 from mlxpref.records import Tokenized
@@ -38,6 +40,7 @@ def test_nothing_is_said_of_a_healthy_run(tmp_path: Path) -> None:
 APART = {"rewards/chosen": -8.0, "rewards/rejected": -8.0, "loss": 7.0}
 FAINT = {"rewards/chosen": -1e-3, "rewards/rejected": -1.1e-3, "loss": 0.693}
 STILL = {"rewards/chosen": 1e-5, "rewards/rejected": -1e-5, "rewards/accuracies": 0.52}
+OF_FOUR = {"chosen_half/rewards/accuracies": 1.0, "rejected_half/rewards/accuracies": 1 / 3}  # by score, goal or not
 ONE_SIDED = {"chosen_half/rewards/accuracies": 0.9, "rejected_half/rewards/accuracies": 0.12}
 
 
@@ -74,6 +77,14 @@ ONE_SIDED = {"chosen_half/rewards/accuracies": 0.9, "rejected_half/rewards/accur
             },
         ),
         ("chosen-less-likely", {"metrics": at_end(rewards__chosen=-1.2), "evaluated": at_end(rewards__chosen=-1.2)}),
+        (
+            "learning-rate-too-high",
+            {
+                "metrics": at_end(**{"logps/chosen": -600.0, "logps/rejected": -590.0, "loss": 9.0}), "every": 0,
+                "settings": {"objective": {"name": "simpo"}},
+            },
+        ),
+        ("goal-ignored", {"evaluated": at_end(**OF_FOUR), "data": {"responses_each": 4.0}}),
         ("contradicting-rows", {"data": {"contradicting": 80}}),
         ("responses-cut", {"data": {"cut": {"prompts": 0, "responses": 200}}}),
         ("length-decides", {"data": {"chosen_longer": 0.95, "equally_long": 0.0}}),
@@ -100,6 +111,28 @@ def test_what_is_wrong_comes_first(tmp_path: Path, name: str, options: dict[str,
         ({"done": 20}, []),  # still going on
         ({"every": 0}, []),
         ({"settings": {"objective": {"name": "orpo"}}}, []),  # no reference: log-ratios mean nothing
+        # a mean of log-probs has a β on another scale
+        (
+            {
+                "settings": {"objective": {"name": "ipo_norm"}}, "metrics": at_end(rewards__chosen=0.07),
+                "evaluated": at_end(rewards__chosen=0.07),
+            },
+            [],
+        ),
+        # within the warm-up
+        ({"n_steps": 1000, "done": 120, "every": 0, "metrics": lambda step, n: STILL}, []),
+        # a reference that follows the policy is near it, and ties with it
+        (
+            {
+                "settings": {"reference.update": "hard", "reference.sync_steps": 10},
+                "evaluated": lambda step, n: {**STILL, **ONE_SIDED, "rewards/accuracies": 0.0},
+            },
+            [],
+        ),
+        ({"counts": {"read/train": {"kept": 10, "dropped": {LEFT_OUT + "empty": 50}}}}, []),  # the examples are kept
+        ({"data": {"chosen_longer": 1.0, "equally_long": 0.0, "examples": 3}}, []),
+        ({"evaluated": at_end(rewards__accuracies=0.2), "n_valid": 4}, []),
+        ({"evaluated": at_end(**ONE_SIDED), "n_valid": 4}, []),
         ({"evaluated": at_end(loss=1.22)}, []),
     ],
 )
@@ -151,6 +184,7 @@ def test_what_is_written(tmp_path: Path, changes: dict[str, Any], name: str | No
     [
         ({"mean": 4.0, "error": 0.3, "examples": 50}, 0.1, []),
         ({"mean": 0.1, "error": 0.3, "examples": 50}, 0.1, ["goal-ignored"]),
+        ({"mean": 4.0, "error": 2.1, "examples": 5}, 0.1, ["goal-ignored"]),
         ({"mean": 4.0, "error": 0.3, "examples": 50}, -0.2, ["good-responses-unlearnt"]),
         ({"mean": None, "error": None, "examples": 0}, None, []),
     ],
@@ -160,7 +194,9 @@ def test_what_is_preferred(tmp_path: Path, sensitivity: Any, change: float | Non
     view = {"change": {"high_score_rejected": {"responses": 9, "sum": change, "per_token": change}}}
     found = {"views": {"unconditioned": view}, "goal_sensitivity": sensitivity, "high_score": 8.0}
     (folder / "evaluation.json").write_text(json.dumps(found))
-    assert [name for name, _ in said(folder)] == names
+    found = said(folder)
+    assert [name for name, _ in found] == names
+    assert all((severity == "note") == (sensitivity["examples"] == 5) for _, severity in found)  # too few to tell
 
 
 # --- reading ---
@@ -182,6 +218,10 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         read_record(tmp_path)
     with pytest.raises(RunError, match="no step was made"):
         read_record(fake_runs.write_run(tmp_path / "run", done=0))
+    folder = fake_runs.write_run(tmp_path / "older")
+    (folder / "run.json").write_text('{"starts": [1]}')
+    with pytest.raises(RunError, match="no data, model, plan"):
+        read_record(folder)
     folder = fake_runs.write_run(tmp_path / "other")
     (folder / "evaluation.json").write_text('{"rate": 1}')
     with pytest.raises(DataError, match="not what mlxpref evaluate --json writes"):
@@ -217,6 +257,12 @@ def test_figures_of_rows() -> None:
 
 
 # --- the command, and runs of the sandbox ---
+
+
+def test_the_remedy_is_for_what_was_dropped(tmp_path: Path) -> None:
+    counts = {"tokenize/train": {"kept": 10, "dropped": {TOO_LONG: 50}}}
+    (found,) = diagnose(read_record(fake_runs.write_run(tmp_path / "run", counts=counts)))
+    assert "tokenization.max_length" in found.change and "columns" not in found.change
 
 
 def test_the_command_says_it(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ from mlxpref.data.goal_template import goal_template
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.render import render_prompt
 from mlxpref.data.tokenization import encode_prompt, load_tokenizer
-from mlxpref.errors import DataError
+from mlxpref.errors import DataError, UsageError
+from mlxpref.generate import ask, text_question
 from mlxpref.records import Message
 
 CONVERSATIONS = [
     [("user", "Why?")],
     [("system", "Be brief."), ("user", "Why?")],
     [("system", " "), ("user", "Why?")],
+    [("developer", "Be brief."), ("user", "Why?")],
     [("user", "Why?"), ("assistant", "So."), ("user", "Why 'so' {{ 1 }}\n?")],
 ]
 
@@ -31,9 +33,9 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=["one", "system", "empty-system", "three"])
+@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=["one", "system", "empty-system", "developer", "three"])
 @pytest.mark.parametrize("carrier", ["system", "first_user"])
-@pytest.mark.parametrize("words", ["Score {score}:\n\"top\" \\n é 'it'.", "Overall score: {score}."])
+@pytest.mark.parametrize("words", ["Score {score}:\n\"top\" \\n é 🎯 'it'.", "Overall score: {score}."])
 def test_it_asks_as_the_recipe_does(
     chat_tokenizer: Any, conversation: list[tuple[str, str]], carrier: Any, words: str
 ) -> None:
@@ -53,7 +55,25 @@ def test_it_asks_as_the_recipe_does(
         chat_tokenizer.chat_template = before
 
 
-def test_no_template_states_two_goals() -> None:
+def test_what_was_said_may_be_in_parts() -> None:
+    """As callers of servers send it, and many templates take it."""
+    from jinja2 import Environment
+
+    template = "{% for m in messages %}{% for part in m['content'] %}<{{ part['text'] }}>{% endfor %}{% endfor %}"
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
+    written = goal_template(template, Recipe(carrier="first_user", template="Score {score}."), 8)
+    assert Environment().from_string(written).render(messages=turns).strip() == "<Score 8.><Why?>"
+
+
+def test_no_template_states_two_goals(chat_tokenizer: Any) -> None:
+    before = chat_tokenizer.chat_template
+    chat_tokenizer.chat_template = goal_template(before, Recipe(), 8)
+    try:
+        with pytest.raises(UsageError, match="states a goal by itself"):
+            ask(text_question("Why?"), 2.0, Recipe(), chat_tokenizer)
+        assert ask(text_question("Why?"), None, None, chat_tokenizer).goal is None
+    finally:
+        chat_tokenizer.chat_template = before
     with pytest.raises(DataError, match="states a goal already"):
         goal_template(goal_template(TEMPLATE, Recipe(), 8), Recipe(), 9)
 
@@ -87,5 +107,6 @@ def test_the_command_writes_where_libraries_look(tmp_path: Path, tiny_model_dir:
     assert theirs.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True,
                                       return_dict=False) == wanted  # fmt: skip
     assert json.loads((folder / "tokenizer_config.json").read_text()).keys() == settings.keys()
+    assert (folder / "chat_template.jinja.before").read_text() == TEMPLATE
     assert CliRunner().invoke(main, asked).exit_code == 1  # once is enough
     assert CliRunner().invoke(main, [*asked[:-1], "none"]).exit_code == 2

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from test_winrate_command import Room, room, write_adapter  # noqa: F401 - the fixture
 
 from mlxpref.errors import DataError, UsageError
-from mlxpref.evaluate.outputs import BENCHMARKS, answer, read_tasks
+from mlxpref.evaluate.outputs import BENCHMARKS, Writer, answer, read_tasks
 
 ALPACA = [{"dataset": "helpful_base", "instruction": "Why?", "output": "theirs", "generator": "other"}]
 MT = [
@@ -37,7 +37,7 @@ def test_a_later_turn_follows_the_models_own_answer(tmp_path: Path) -> None:
         asked.append((temperature, [[turn.content for turn in prompt] for prompt in prompts]))
         return [f"<{prompt[-1].content}>" for prompt in prompts]
 
-    found = answer(tasks, ask, lambda task: BENCHMARKS["mt-bench"].temperatures[str(task.category)])
+    found = answer(tasks, ask, BENCHMARKS["mt-bench"].temperature_of)
     assert found == [["<Write it.>", "<Shorter.>"], ["<Who won?>"]]
     assert asked == [(0.0, [["Who won?"]]), (0.7, [["Write it."]]), (0.7, [["Write it.", "<Write it.>", "Shorter."]])]
     assert tasks[0].turns == ("Write it.", "Shorter.")
@@ -53,20 +53,20 @@ def test_a_later_turn_follows_the_models_own_answer(tmp_path: Path) -> None:
         ),
         (
             "arena-hard", ARENA,
-            [{"question_id": "a1", "model_id": "m", "choices": [{"index": 0, "turns": [{"content": "a"}]}],
-              "tstamp": 5.0}],
+            [{"question_id": "a1", "model_id": "m",
+              "choices": [{"index": 0, "turns": [{"content": "a", "token_len": 1}]}], "tstamp": 5.0}],
         ),
         (
             "arena-hard", ARENA_2,
             [{"uid": "b2", "model": "m", "messages": [{"role": "user", "content": "Code!"},
-              {"role": "assistant", "content": {"answer": "a"}}], "tstamp": 5.0}],
+              {"role": "assistant", "content": {"answer": "a"}}], "tstamp": 5.0, "metadata": {"token_len": 1}}],
         ),
     ],
 )  # fmt: skip
 def test_files_are_as_the_judges_read_them(tmp_path: Path, kind: str, rows: Any, wanted: Any) -> None:
     """Witness: the layouts that the benchmarks' own code writes."""
     tasks = read_tasks(write_rows(tmp_path / "q.jsonl", rows), kind)
-    text = BENCHMARKS[kind].write(tasks, [["a", "b"][: len(tasks[0].turns)]], "m", 5.0)
+    text = BENCHMARKS[kind].write(tasks, [["a", "b"][: len(tasks[0].turns)]], Writer("m", 5.0, len))
     found = json.loads(text) if kind == "alpaca-eval" else [json.loads(line) for line in text.splitlines()]
     ids = [row.pop(key) for row in found for key in ("answer_id", "ans_id") if key in row]
     assert found == wanted and len(ids) == (kind != "alpaca-eval")
@@ -108,6 +108,11 @@ def test_the_command_asks_at_a_goal(room: Room, tmp_path: Path) -> None:  # noqa
         assert ran.exit_code == 0, ran.output
         (row,) = json.loads(Path("ours.json").read_text())
         assert wanted in row["output"] and row["instruction"] == "Why?" and row["generator"] == "ours"
+    assert "may be cut" not in ran.stderr and not list(tmp_path.glob("*.unscored.json"))
+    asked = ("outputs", "alpaca-eval", questions, "--adapter-path", "adapter", "--out", "s.json")
+    assert "1 answers have 3 tokens or more" in run(*asked, "--max-tokens", "3").stderr
+    idle = run(*asked, "--top-p", "0.5")
+    assert idle.exit_code == 2 and "--top-p: at temperature 0" in idle.stderr
     ran = run("outputs", "mt-bench", questions, "--adapter-path", "adapter", "--out", "x.jsonl")
     assert ran.exit_code != 0 and "no question of mt-bench" in ran.stderr
     write_adapter(tmp_path / "plain", None)

@@ -20,8 +20,9 @@ from click.testing import CliRunner
 
 from mlxpref.data.recipe import Recipe
 from mlxpref.diagnosis import read_record
-from mlxpref.report.charts import POINTS, Bars, Chart, Line, as_svg, thinned
+from mlxpref.report.charts import POINTS, Bars, Chart, Line, as_svg, draw, thinned
 from mlxpref.report.page import names_of, page
+from mlxpref.report.run_charts import compared
 from mlxpref.report.serve import server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -106,7 +107,7 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert seen.unnamed == 0 and seen.tags.count("svg") >= 12
     assert seen.tags.count("table") >= seen.tags.count("svg")
     assert "&lt;script&gt;alert" in text and "Wrong: Rows contradict each other" in text
-    assert "asked for base, without a goal" in text and "75" in text
+    assert "asked for base, without a goal" in text and "<td>0.75</td>" in text and "<td></td>" in text
     styles = re.findall("<style.*?</style>", text, flags=re.DOTALL)
     assert len(styles) == 1 and not re.search("#[0-9a-fA-F]{6}", text.replace(styles[0], ""))  # colours by name
 
@@ -120,8 +121,20 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert ran.exit_code == 0 and "Runs side by side" in text
     assert "a/run" in text and "b/run" in text and "20 of 40 steps made" in text
     names = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert {"loss.png", "loss.svg", "a-run-loss.png", "b-run-loss.svg"} <= names
+    assert {"loss.png", "loss.svg", "goal-chosen.svg", "a-run-loss.png", "b-run-loss.svg"} <= names
     assert list(names_of([read_record(one)])) == ["run"]
+    assert run("report", one, one / ".." / "run", "--out", tmp_path / "one.html").exit_code == 0
+    assert "Runs side by side" not in (tmp_path / "one.html").read_text(encoding="utf-8")
+
+
+def test_a_run_without_validation_is_not_shown_as_validated(tmp_path: Path) -> None:
+    """Finds training's accuracy beside another run's on validation rows, under one name."""
+    long = "a-name-that-somebody-gave-to-a-run-with-all-its-settings-in-it-" * 2
+    runs = fake_runs.write_run(tmp_path / "valid"), fake_runs.write_run(tmp_path / long, every=0)
+    charts = {chart.name: chart for chart in compared(names_of([read_record(one) for one in runs]))}
+    assert [line.name for line in charts["loss"].lines] == ["valid", f"{long} (training)"]
+    assert charts["goal-chosen"].lines[0].name == "valid"
+    draw(charts["loss"], tmp_path / "loss.png")  # finds a name that leaves no room for the axes
 
 
 def test_figures_of_one_run(tmp_path: Path) -> None:
@@ -197,7 +210,10 @@ def test_a_page_follows_its_run(served: Any) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 21, **fake_runs.healthy(21, 40)}) + "\n")
     assert get("/state") != before and "21 of 40 steps made" in get("/") and made == [1, 1]
-    for path, headers, code in (("/etc", {}, 404), ("/", {"Host": "elsewhere.example"}, 403)):
+    (folder / "run.json").write_text("{}")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 22, "loss": 1.0}) + "\n")
+    for path, headers, code in (("/etc", {}, 404), ("/", {"Host": "elsewhere.example"}, 403), ("/", {}, 503)):
         with pytest.raises(urllib.error.HTTPError) as error:
             get(path, **headers)
         error.value.close()

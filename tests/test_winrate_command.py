@@ -202,9 +202,18 @@ def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path
     (tmp_path / "failing.py").write_text("def score(prompts, responses):\n    return [float('nan')] * len(responses)\n")
     ran = run("winrate", "adapter@9", "adapter@2", *BY_GOAL[:3], "failing:score", "--json", "w.json")
     assert ran.exit_code != 0
-    assert ["score: 9." in one["one"] for one in json.loads(Path("w.json").read_text())["comparisons"]] == [True] * 3
-    ran = run("control", "prompts.txt", "--adapter-path", "adapter", "--scorer", "failing:score", "--json", "c.json")
-    assert ran.exit_code != 0 and len(json.loads(Path("c.json").read_text())["samples"]) == 15
+    sides = json.loads(Path("w.unscored.json").read_text())
+    assert [len(side["responses"]) for side in sides] == [3, 3] and "score: 9." in sides[0]["responses"][0][0]
+    assert "w.unscored.json" in ran.stderr and not Path("w.json").exists()
+    asked = ("control", "prompts.txt", "--adapter-path", "adapter", "--compare-base", "--json", "c.json", "--scorer")
+    Path("c.json").write_text("an earlier measurement")
+    (tmp_path / "late.py").write_text(
+        "def score(prompts, responses):\n    return [float('nan') if len(responses) == 3 else 1.0] * len(responses)\n"
+    )
+    ran = run(*asked, "late:score")
+    assert ran.exit_code != 0 and Path("c.json").read_text() == "an earlier measurement"
+    assert [len(lot) for lot in json.loads(Path("c.unscored.json").read_text())] == [15, 3]
+    assert run(*asked, "goal_scores:goal").exit_code == 0 and not Path("c.unscored.json").exists()
 
 
 def test_a_prompt_that_no_judge_can_read_is_refused_before_a_model_loads(room: Room, tiny_model_dir: Path) -> None:

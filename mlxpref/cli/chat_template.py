@@ -9,7 +9,7 @@ import click
 
 from mlxpref.cli import console
 from mlxpref.cli.policies import recipe_of
-from mlxpref.data.goal_template import goal_template
+from mlxpref.data.goal_template import BEFORE, goal_template
 from mlxpref.data.recipe import goal_words
 from mlxpref.data.tokenization import load_tokenizer
 from mlxpref.errors import DataError, UsageError
@@ -36,7 +36,8 @@ def command(folder: Path, recipe_path: str, goal: str, show: bool) -> None:
     """Have a model FOLDER's chat template state a goal, for programs that know nothing of goals.
 
     mlx_lm.evaluate, mlx_lm.server and others read the template from the folder: with this they ask for the goal in the
-    words of training. Meant for a copy of the model, such as mlx_lm.fuse writes.
+    words of training. Meant for a copy of the model, such as mlx_lm.fuse writes; its own template is kept beside the
+    new one.
     """
     recipe = recipe_of(Path(recipe_path))
     wanted = parse_goal(goal, recipe)
@@ -49,12 +50,13 @@ def command(folder: Path, recipe_path: str, goal: str, show: bool) -> None:
     if show:
         console.say(written)
         return
-    _write(folder, written)
+    _write(folder, written, own=template)
     console.say(f"{folder}: every conversation asks for {goal_words(wanted)} now")
 
 
-def _write(folder: Path, template: str) -> None:
+def _write(folder: Path, template: str, *, own: str) -> None:
     """Where libraries look for it: a file of its own goes before what the tokenizer's configuration holds."""
+    write_text(folder / BEFORE, own)
     write_text(folder / "chat_template.jinja", template)
     settings = folder / "tokenizer_config.json"
     stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from mlxpref import facts
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
 from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
+from mlxpref.cli.unscored import unscored
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
 from mlxpref.evaluate import Achieved, ControlCurve, control_curve
 from mlxpref.evaluate.control import draw_record
 from mlxpref.files import write_text
-from mlxpref.generate import NO_GOAL, Answer, Question, read_questions
+from mlxpref.generate import NO_GOAL, Question, read_questions
 from mlxpref.records import Goal
 from mlxpref.report.canvas import picture_format
 from mlxpref.rewards.scorer import Scorer, load_scorer, scorer_name
@@ -94,10 +94,11 @@ def command(
         adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
         recipe_path=recipe_path, backend=backend,
     )  # fmt: skip
-    found = _asked(questions, goals, scorer, opened, options, "responses", adapter=True)
     base = None
-    if options["compare_base"]:
-        base = _asked(questions, [None], scorer, opened, options, "responses of the base", adapter=False)
+    with unscored(options["json_file"]) as keep:
+        found = _asked(questions, goals, scorer, opened, options, "responses", keep, adapter=True)
+        if options["compare_base"]:
+            base = _asked(questions, [None], scorer, opened, options, "responses of the base", keep, adapter=False)
     _show(found, base, scorer, options["top"])
     named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
     about = {**_record(found, base, prompts, questions, opened, options), **named}
@@ -151,21 +152,15 @@ def _number(text: str) -> float | None:
 
 def _asked(
     questions: Sequence[Question], goals: Sequence[Goal | None], scorer: Scorer, opened: Opened,
-    options: Mapping[str, Any], what: str, *, adapter: bool,
+    options: Mapping[str, Any], what: str, keep: Callable[[Any], None], *, adapter: bool,
 ) -> ControlCurve:  # fmt: skip
     with console.progress(what, len(questions) * len(goals) * options["samples"]) as at:
         return control_curve(
             questions, goals, scorer, opened.backend, opened.policy, opened.tokenizer, opened.recipe,
             adapter=adapter, n_samples=options["samples"], top=options["top"], **sampling(options),
-            on_progress=lambda done, total: at(done), on_answers=partial(_keep, options["json_file"]),
+            on_progress=lambda done, total: at(done),
+            on_answers=lambda answers: keep([answer.as_record() for answer in answers]),
         )  # fmt: skip
-
-
-def _keep(file: Path | None, answers: Sequence[Answer]) -> None:
-    """What was written, before it is scored: a scorer that fails takes nothing with it."""
-    if file is not None:
-        unscored = [answer.as_record() for answer in answers]
-        write_text(file, json.dumps({"samples": unscored}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _show(found: ControlCurve, base: ControlCurve | None, scorer: Scorer, top: float | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import click
 
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
-from mlxpref.cli.sampling import sampling, sampling_options
-from mlxpref.evaluate.outputs import BENCHMARKS, answer, read_tasks
+from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
+from mlxpref.cli.unscored import unscored
+from mlxpref.evaluate.outputs import BENCHMARKS, Writer, answer, read_tasks
 from mlxpref.files import write_text
 from mlxpref.generate import Question, ask, generate, parse_goal
 from mlxpref.records import Goal, Prompt
@@ -32,7 +33,7 @@ Example:
 @click.option("--goal", metavar="GOAL", help="What every question asks for.  [default: the recipe's highest]")
 @click.option("--name", metavar="NAME", help="Of the model in the file.  [default: the file's name without its ending]")
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file to write.")
-@sampling_options(temperature=None)
+@sampling_options(temperature=None, max_tokens=None)
 def command(
     benchmark: str, questions: Path, adapter_path: str | None, model: str | None, revision: str | None,
     dtype: str | None, recipe_path: str | None, backend: str, goal: str | None, name: str | None, out: Path,
@@ -40,41 +41,59 @@ def command(
 ) -> None:  # fmt: skip
     """Answer a standard BENCHMARK's QUESTIONS at a goal, in the file its own judge reads.
 
-    QUESTIONS is the benchmark's own file: this machine fetches nothing and judges nothing. Without --temperature the
-    benchmark's own is used: by category in MT-Bench, 0 elsewhere.
+    QUESTIONS is the benchmark's own file: this machine fetches nothing and judges nothing. Without --temperature and
+    --max-tokens the benchmark's own are used.
     """
-    tasks = read_tasks(questions, benchmark)
+    tasks, own = read_tasks(questions, benchmark), BENCHMARKS[benchmark]
+    given = options["temperature"]
+    temperatures = [own.temperature_of(task) if given is None else given for task in tasks]
+    check_sampling({**options, "temperature": max(temperatures)})
+    options["max_tokens"] = options["max_tokens"] or own.max_tokens
     recipe = named_recipe(adapter_path, recipe_path, model=model)
     wanted = None if recipe is None and goal is None else parse_goal(goal or "top", recipe)
-    opened = open_policy(
-        adapter_path=adapter_path, model=model, revision=revision, dtype=dtype, recipe_path=recipe_path,
-        backend=backend,
-    )  # fmt: skip
-    given, own = options["temperature"], BENCHMARKS[benchmark].temperatures
-    with console.progress("answers", sum(len(task.turns) for task in tasks)) as at:
-        asking = _Asking(opened, wanted, options, at)
-        answers = answer(tasks, asking, lambda task: own.get(task.category or "", 0.0) if given is None else given)
-    write_text(out, BENCHMARKS[benchmark].write(tasks, answers, name or out.stem, time.time()))
+    with unscored(out) as keep:
+        opened = open_policy(
+            adapter_path=adapter_path, model=model, revision=revision, dtype=dtype, recipe_path=recipe_path,
+            backend=backend,
+        )  # fmt: skip
+        with console.progress("answers", sum(len(task.turns) for task in tasks)) as at:
+            asking = _Asking(opened, wanted, options, at, keep)
+            answers = answer(tasks, asking, lambda task: own.temperature_of(task) if given is None else given)
+        by = Writer(name or out.stem, time.time(), asking.count)
+        write_text(out, own.write(tasks, answers, by))
     console.say(f"{out}: {len(tasks)} questions of {benchmark}")
+    cut = sum(asking.count(text) >= options["max_tokens"] for texts in answers for text in texts)
+    if cut:
+        console.warn(f"{cut} answers have {options['max_tokens']} tokens or more and may be cut; see --max-tokens")
 
 
 class _Asking:
-    """Texts for prompts at one goal, and how far that is."""
+    """Texts for prompts at one goal, some at a time, and how far that is."""
 
-    def __init__(self, opened: Opened, goal: Goal | None, options: dict[str, Any], at: Any):
-        self._opened, self._goal, self._options, self._at = opened, goal, options, at
+    def __init__(
+        self, opened: Opened, goal: Goal | None, options: dict[str, Any], at: Callable[[int], None],
+        keep: Callable[[Any], None],
+    ):  # fmt: skip
+        self._opened, self._goal, self._options, self._at, self._keep = opened, goal, options, at, keep
         self._done = 0
 
     def __call__(self, prompts: Sequence[Prompt], temperature: float) -> list[str]:
-        opened = self._opened
+        opened, size = self._opened, self._options["batch_size"]
         asked = [
             ask(Question(prompt), self._goal, opened.recipe, opened.tokenizer, index=index)
             for index, prompt in enumerate(prompts)
         ]
-        before = self._done
-        settings = {**sampling(self._options), "temperature": temperature}
-        answers = generate(
-            asked, opened.backend, opened.policy, **settings, on_progress=lambda done, total: self._at(before + done)
-        )
-        self._done += len(prompts)
-        return [one.text for one in answers]
+        texts: list[str] = []
+        for start in range(0, len(asked), size):
+            settings = {**sampling(self._options), "temperature": temperature}
+            settings["seed"] += start
+            found = generate(asked[start : start + size], opened.backend, opened.policy, **settings)
+            self._keep([one.as_record() for one in found])
+            texts += [one.text for one in found]
+            self._done += len(found)
+            self._at(self._done)
+        return texts
+
+    def count(self, text: str) -> int:
+        """Tokens of an answer."""
+        return len(self._opened.tokenizer.encode(text, add_special_tokens=False))

@@ -56,7 +56,7 @@ def command(
         raise UsageError("--port and --no-browser are for --open")
     if live and out is not None:
         raise UsageError("--open serves the page and writes none; leave --out out")
-    runs = tuple(dict.fromkeys(runs))
+    runs = tuple({run.resolve(): run for run in runs}.values())
     records = [read_record(run) for run in runs]
     if figures is not None:
         console.note(f"{_draw(records, figures)} files in {figures}")

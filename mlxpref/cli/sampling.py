@@ -15,8 +15,8 @@ KEYS = ("max_tokens", "temperature", "top_p", "seed", "batch_size")
 """As ``generate`` and ``control_curve`` call them."""
 
 
-def sampling_options(temperature: float | None) -> Callable[[F], F]:
-    """The options, with this temperature unless another is given; None leaves it to the command."""
+def sampling_options(temperature: float | None, max_tokens: int | None = 256) -> Callable[[F], F]:
+    """The options, with these values unless others are given; None leaves one to the command."""
     options = (
         click.option(
             "--temperature",
@@ -38,8 +38,8 @@ def sampling_options(temperature: float | None) -> Callable[[F], F]:
         click.option(
             "--max-tokens",
             type=click.IntRange(1),
-            default=256,
-            show_default=True,
+            default=max_tokens,
+            show_default=max_tokens is not None,
             metavar="N",
             help="Tokens of a response at most.",
         ),

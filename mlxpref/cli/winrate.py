@@ -15,6 +15,7 @@ from mlxpref.cli import console
 from mlxpref.cli.policies import machine_options, open_policy
 from mlxpref.cli.sampling import KEYS, check_sampling, sampling_options
 from mlxpref.cli.sides import Policy, about, asked_side, named_side
+from mlxpref.cli.unscored import unscored
 from mlxpref.data.tokenization import load_tokenizer
 from mlxpref.errors import UsageError
 from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge, check_prompts, check_template
@@ -89,22 +90,24 @@ def command(context: click.Context, one: str, other: str, prompts: Path, **optio
         check_prompts([question.prompt for question in questions], tokenizer, template)
     named = [named_side(name, questions) for name in (one, other)]
     _check_options(named, questions, context)
-    first, second = (asked_side(side, questions, options) for side in named)
-    paired = pair_up(first, second, questions)
-    facts_ = _facts(named, prompts, options)
-    # A scorer or judge that fails takes no response with it.
-    _write(options["json_file"], {**facts_, "comparisons": _responses(paired)})
-    asked = [questions[index].prompt for index in paired.index]
-    of_judge: dict[str, Any] = {}
-    if scorer is not None:
-        verdicts = by_score(scorer, asked, paired.ones, paired.others, tie=options["tie"])
-    else:
-        verdicts, of_judge = _judged(asked, paired, template, options)
+    with unscored(options["json_file"]) as keep:
+        sides = []
+        for side in named:
+            sides.append(asked_side(side, questions, options))
+            keep({"side": side.name, "responses": sides[-1].texts})
+        paired = pair_up(sides[0], sides[1], questions)
+        asked = [questions[index].prompt for index in paired.index]
+        of_judge: dict[str, Any] = {}
+        if scorer is not None:
+            verdicts = by_score(scorer, asked, paired.ones, paired.others, tie=options["tie"])
+        else:
+            verdicts, of_judge = _judged(asked, paired, template, options)
     found = win_rate(paired.comparisons(verdicts), places=scorer is None, seed=options["seed"])
     _show(found, one, other, of_judge.get("letters"))
-    _write(options["json_file"], {
-        **found.as_record(), **facts_, **of_judge, "comparisons": _responses(paired, verdicts),
-    })  # fmt: skip
+    if options["json_file"] is not None:
+        record = {**found.as_record(), **_facts(named, prompts, options), **of_judge}
+        record["comparisons"] = _responses(paired, verdicts)
+        write_text(options["json_file"], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -237,19 +240,10 @@ def _facts(named: Sequence[Side | Policy], prompts: Path, options: dict[str, Any
     }
 
 
-def _responses(paired: Paired, verdicts: Sequence[Verdict] = ()) -> list[dict[str, Any]]:
-    """Every pair, with what was said of it once that is known."""
-    rows: list[dict[str, Any]] = [
-        {"index": index, "one": one, "other": other}
-        for index, one, other in zip(paired.index, paired.ones, paired.others, strict=True)
-    ]
-    for row, verdict in zip(rows, verdicts, strict=False):
-        row |= {
-            "preference": verdict.preference, "first_shown_first": verdict.ahead, "first_shown_second": verdict.behind,
-        }  # fmt: skip
-    return rows
-
-
-def _write(file: Path | None, record: dict[str, Any]) -> None:
-    if file is not None:
-        write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+def _responses(paired: Paired, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Every pair, and what was said of it."""
+    return [
+        {"index": index, "one": one, "other": other, "preference": verdict.preference,
+         "first_shown_first": verdict.ahead, "first_shown_second": verdict.behind}
+        for index, one, other, verdict in zip(paired.index, paired.ones, paired.others, verdicts, strict=True)
+    ]  # fmt: skip

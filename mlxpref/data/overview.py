@@ -21,13 +21,15 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
     """Figures of these rows, JSON-safe. Each row is read once.
 
     Returns:
-        ``rows``, ``examples``; ``contradicting``: rows whose prompt, goal included, also occurs with the same
-        responses in another order; ``cut``: rows whose prompt, and of which a response, was cut; ``tokens``:
-        quantiles of ``prompts``, ``chosen``, ``rejected`` and of all ``responses``. Over examples, chosen being the
-        best by score, else the first: ``chosen_longer`` and ``equally_long``, shares of the responses it is compared
-        with; ``scores``: a histogram of the ``chosen`` and the ``rejected`` ones over ``edges``, None without scores.
+        ``rows``, ``examples``, mean ``responses_each``; ``contradicting``: rows whose prompt, goal included, also
+        occurs with the same responses in another order; ``cut``: rows whose prompt, and of which a response, was cut;
+        ``tokens``: quantiles of ``prompts``, ``chosen``, ``rejected`` and of all ``responses``. Over examples, chosen
+        being the best by score, else the first: ``chosen_longer`` and ``equally_long``, shares of the responses it is
+        compared with; ``scores``: a histogram of the ``chosen`` and the ``rejected`` ones over ``edges``, None without
+        scores.
     """
-    orders: dict[bytes, set[bytes]] = {}
+    first: dict[bytes, bytes] = {}
+    contrary: set[bytes] = set()
     keys: list[bytes] = []
     cut = {"prompts": 0, "responses": 0}
     seen: set[str] = set()
@@ -35,7 +37,8 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
     for row in rows:
         key, best = _order(row)
         keys.append(key)
-        orders.setdefault(key, set()).add(best)
+        if first.setdefault(key, best) != best:
+            contrary.add(key)
         cut["prompts"] += row.prompt_cut > 0
         cut["responses"] += any(row.response_cut)
         if row.example_id not in seen:
@@ -47,7 +50,8 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
     return {
         "rows": len(keys),
         "examples": len(examples),
-        "contradicting": sum(len(orders[key]) > 1 for key in keys),
+        "responses_each": float(np.mean([1 + len(one[1]) for one in examples])),
+        "contradicting": sum(key in contrary for key in keys),
         "cut": cut,
         "tokens": {
             "prompts": _quantiles(one[2] for one in examples),
@@ -62,10 +66,13 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
 
 
 def _order(row: Tokenized) -> tuple[bytes, bytes]:
-    """What a row is about, and which of its responses it holds to be best."""
-    texts = [blake2b(ids.tobytes(), digest_size=12).digest() for ids in row.response_ids]
-    prompt = blake2b(row.prompt_ids.tobytes(), digest_size=12).digest()
-    return prompt + b"".join(sorted(texts)), texts[0]
+    """What a row is about, and which of its responses it holds to be best; digests."""
+    texts = [_digest(ids.tobytes()) for ids in row.response_ids]
+    return _digest(row.prompt_ids.tobytes() + b"".join(sorted(texts))), texts[0]
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=12).digest()
 
 
 def _example(row: Tokenized) -> tuple[int, list[int], int, tuple[float, list[float]] | None]:

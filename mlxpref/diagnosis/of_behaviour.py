@@ -11,6 +11,9 @@ from mlxpref.diagnosis.record import RunRecord
 UNLEARNT = 0.05
 """Nats a token by which good responses that were merely second have become less likely, from which it is said."""
 
+DEAF = 1.0
+"""Nats below which a goal sensitivity is none, whatever its error."""
+
 UNRELATED = 0.1
 """Rank correlation of goal and score up to which the goal does not steer."""
 
@@ -39,12 +42,14 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
     sensitivity = found.get("goal_sensitivity") or {}
     mean, error = sensitivity.get("mean"), sensitivity.get("error")
     if mean is not None and error is not None and mean <= 2 * error:
+        known = mean + 2 * error < DEAF
         yield Finding(
-            "goal-ignored", "alarm",
-            "The goal in the prompt decides nothing.",
+            "goal-ignored", "alarm" if known else "note",
+            "The goal in the prompt decides nothing." if known else "Too few examples to say whether the goal decides.",
             f"goal sensitivity {mean:.3f} ± {error:.3f} nats over {sensitivity['examples']} examples; 0 is ignoring it",
-            "Goals do not fit the responses, or the run is too short.",
-            "See with `mlxpref inspect` that each prompt states its response's score; train longer.",
+            "Goals do not fit the responses, or the run is too short." if known else "",
+            "See with `mlxpref inspect` that each prompt states its response's score; train longer." if known else
+            "Evaluate more of them.",
         )  # fmt: skip
     for name, said in (("top", "asked for the top goal"), ("unconditioned", "asked without a goal")):
         view = found["views"].get(name)

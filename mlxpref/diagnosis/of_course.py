@@ -1,17 +1,19 @@
 """What the learning curves of a run say: whether it learnt anything, too much, or something else.
 
 Log-ratios (policy − reference, nats) are the implicit rewards divided by β. Thresholds are in nats a token or
-shares of pairs, so that they mean the same for short responses and long ones; ``docs/diagnosis.md`` has the runs
+shares of pairs, so that they mean the same for short responses and long ones; ``docs/reading-a-run.md`` has the runs
 they were tried on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mlxpref.diagnosis.finding import Finding, Severity
-from mlxpref.diagnosis.record import RunRecord
+from mlxpref.diagnosis.record import SETTLED, RunRecord
+from mlxpref.schedules import n_warmup
 
 STARTED = 0.02
 """Nats a token by which a policy that has made no step may differ from its reference: rounding."""
@@ -31,8 +33,11 @@ FAINT = 0.02
 STILL = 0.002
 """Nats a token within which nothing has been learnt."""
 
-CHANCE = 1.12
-"""Sum of both halves' accuracies up to which the goal decides nothing; 1 is what ignoring it gives."""
+CHANCE = 0.56
+"""Mean accuracy over all goals of an example up to which the goal decides nothing; ½ is what ignoring it gives."""
+
+ENOUGH = 50
+"""Rows from which an accuracy says something."""
 
 AGAINST, WITH = 0.4, 0.6
 """Accuracy on validation rows up to which, and on training rows from which, the two contradict each other."""
@@ -46,8 +51,8 @@ LEARNT_BY_HEART = 0.99
 DISPLACED = 0.1
 """Nats a token by which chosen responses have become less likely, from which it is said."""
 
-LEARNING = 20
-"""Steps from which a run that has learnt nothing should have."""
+LEARNING, SHARE = 20, 0.25
+"""Steps after the warm-up, and share of all steps, from which a run that has learnt nothing should have."""
 
 EARLY = 0.15
 """Share of the steps within which a run that comes apart does so for want of a warm-up."""
@@ -55,16 +60,18 @@ EARLY = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """How far the policy is from its reference at the end, mean nats a token; signs as of the log-ratios.
+    """How far the policy is from where it is measured against, mean nats a token; signs as of the log-ratios.
 
     Attributes:
         chosen, rejected: preferred and other responses under their rows' goals.
-        reward: larger of their mean implicit rewards, without sign.
+        reward: larger of their mean implicit rewards, without sign; None where there are no log-ratios.
+        origin: "the reference"; or "the first step" without one, which other responses are compared with: roughly.
     """
 
     chosen: float
     rejected: float
-    reward: float
+    reward: float | None
+    origin: str = "the reference"
 
     @property
     def furthest(self) -> float:
@@ -73,27 +80,32 @@ class Moved:
 
 def findings(run: RunRecord) -> Iterator[Finding]:
     """What is to be said of the course of a run, causes before what they bring about."""
-    learning = (_hardly_moved, _against_validation) if run.step >= LEARNING else ()
-    for rule in (_skipped, _nothing_moved, _other_reference, _came_apart, _faint, *learning):
+    late = (_hardly_moved, _against_validation, _goal_ignored, _too_long, _displaced) if _should_know(run) else ()
+    for rule in (_skipped, _nothing_moved, _other_reference, _came_apart, _faint, *late):
         found = rule(run)
         if found is not None:
             yield found
             if found.severity == "alarm":  # what follows from it says nothing more
                 return
-    for rule in (_goal_ignored, _too_long, _displaced) if run.step >= LEARNING else ():
-        found = rule(run)
-        if found is not None:
-            yield found
+
+
+def _should_know(run: RunRecord) -> bool:
+    """Whether a run has gone on for long enough to have learnt something."""
+    schedule = run.config.optimizer.schedule
+    warm = n_warmup(run.n_steps, warmup_steps=schedule.warmup_steps, warmup_ratio=schedule.warmup_ratio)
+    return run.step >= max(warm + LEARNING, SHARE * run.n_steps)
 
 
 def moved(run: RunRecord, end: Callable[[str], float | None] | None = None) -> Moved | None:
-    """None for an objective without a reference, or metrics without rewards.
+    """None where metrics do not say it: no rewards, or rewards against a reference that follows the policy.
 
     Args:
         end: which value of a metric counts; by default that of the last evaluation or steps.
     """
-    if "reference" not in run.objective.needs or run.objective.beta <= 0:
+    if run.config.reference.update is not None or run.objective.beta <= 0:
         return None
+    if "reference" not in run.objective.needs:
+        return _since_the_start(run) if end is None else None
     end = run.end if end is None else end
     rewards = [end(f"rewards/{name}") for name in ("chosen", "rejected")]
     lengths = [end(f"lengths/{name}") for name in ("chosen", "rejected")]
@@ -104,6 +116,17 @@ def moved(run: RunRecord, end: Callable[[str], float | None] | None = None) -> M
         reward / run.objective.beta / n for reward, n in zip(rewards, per, strict=True) if reward is not None
     )
     return Moved(chosen, rejected, max(abs(reward) for reward in rewards if reward is not None))
+
+
+def _since_the_start(run: RunRecord) -> Moved | None:
+    """By the log-probs of training batches, each against the first step's: without a reference all there is."""
+    found = []
+    for name in ("chosen", "rejected"):
+        first, last, length = run.first(f"logps/{name}"), run.trained(f"logps/{name}"), run.trained(f"lengths/{name}")
+        if first is None or last is None or not length:
+            return None
+        found.append((last - first) / length)
+    return Moved(found[0], found[1], None, "the first step")
 
 
 # --- rules ---
@@ -140,7 +163,7 @@ def _nothing_moved(run: RunRecord) -> Finding | None:
 
 def _other_reference(run: RunRecord) -> Finding | None:
     start = moved(run, run.first)
-    if start is None or start.furthest <= STARTED:
+    if start is None or start.reward is None or start.furthest <= STARTED:
         return None
     momentum = run.config.reference.momentum
     meant = momentum is not None and momentum <= USUAL_MOMENTUM
@@ -159,7 +182,9 @@ def _other_reference(run: RunRecord) -> Finding | None:
 
 def _came_apart(run: RunRecord) -> Finding | None:
     here, first = moved(run), run.first("loss")
-    if here is None or first is None or max(here.chosen, here.rejected) > -FALLEN or here.reward < FAINT:
+    if here is None or first is None or max(here.chosen, here.rejected) > -FALLEN:
+        return None
+    if here.reward is not None and here.reward < FAINT:
         return None
     loss = run.trained("loss")
     if loss is None or loss <= first:
@@ -173,7 +198,7 @@ def _came_apart(run: RunRecord) -> Finding | None:
         "no-warm-up" if unwarmed else "learning-rate-too-high", "alarm",
         "The run came apart" + (" in its first steps." if unwarmed else "."),
         f"loss on training rows {first:.2f} at first, {loss:.2f} at the end, above {1.5 * first:.2f} from step {when}; "
-        f"preferred responses are {-here.chosen:.1f} nats a token less likely than to the reference, the others "
+        f"preferred responses are {-here.chosen:.1f} nats a token less likely than to {here.origin}, the others "
         f"{-here.rejected:.1f}",
         f"The learning rate ({rate:g}) is at its full height from the first step." if unwarmed else
         f"The learning rate ({rate:g}) is too high.",
@@ -184,7 +209,9 @@ def _came_apart(run: RunRecord) -> Finding | None:
 
 def _faint(run: RunRecord) -> Finding | None:
     here, beta = moved(run), run.objective.beta
-    if here is None or here.furthest < FAR or here.reward > FAINT * 5:
+    if here is None or here.reward is None or run.objective.per_token:  # a mean's β is on another scale
+        return None
+    if here.furthest < FAR or here.reward > FAINT * 5:
         return None
     return Finding(
         "beta-too-small", "alarm",
@@ -198,7 +225,7 @@ def _faint(run: RunRecord) -> Finding | None:
 
 def _hardly_moved(run: RunRecord) -> Finding | None:
     here = moved(run)
-    if here is None or here.furthest > STILL:
+    if here is None or here.reward is None or here.furthest > STILL:
         return None
     accuracy = run.end("rewards/accuracies")
     if accuracy is not None and accuracy > WITH:
@@ -219,7 +246,8 @@ def _against_validation(run: RunRecord) -> Finding | None:
     if found is None or trained is None:
         return None
     evaluated = float(found.values[-1])
-    if evaluated > AGAINST or trained < WITH:
+    chance = 0.5 - math.sqrt(0.25 / max(1, run.facts["data"]["valid_rows"]) * 4)  # two standard errors of a coin
+    if evaluated > min(AGAINST, chance) or trained < WITH or run.config.reference.update is not None:
         return None
     return Finding(
         "labels-flipped", "alarm",
@@ -234,14 +262,19 @@ def _against_validation(run: RunRecord) -> Finding | None:
 def _goal_ignored(run: RunRecord) -> Finding | None:
     found = (run.end(f"{name}_half/rewards/accuracies") for name in ("chosen", "rejected"))
     halves = [value for value in found if value is not None]
-    if len(halves) < 2 or sum(halves) > CHANCE:
+    if len(halves) < 2 or run.config.reference.update is not None or _rows_of_end(run) < ENOUGH:
+        return None
+    # An example of K responses has one goal that is the chosen one's score, and K − 1 others.
+    k = (run.facts["data"].get("train") or {}).get("responses_each", 2.0)
+    mean = (halves[0] + (k - 1) * halves[1]) / k
+    if mean > CHANCE:
         return None
     same = min(halves) < AGAINST < WITH < max(halves)
     return Finding(
         "goal-ignored", "alarm" if same else "warning",
         "The goal in the prompt decides nothing.",
-        f"accuracy {halves[0]:.0%} where the goal is the chosen response's score and {halves[1]:.0%} where it is the "
-        f"other's; a model that ignores the goal has 100 % in sum",
+        f"accuracy {halves[0]:.0%} where the goal is the chosen response's score and {halves[1]:.0%} where it is "
+        f"another's, {mean:.0%} over all goals; ignoring the goal gives 50 %",
         "The policy prefers the same response whatever is asked for: one half outweighs the other, or goals do not "
         "reach it." if same else
         "The goals do not fit the responses (other rows' scores, a column in the wrong order), or the run is too "
@@ -249,6 +282,13 @@ def _goal_ignored(run: RunRecord) -> Finding | None:
         "See with `mlxpref inspect` that each prompt states its response's score; train on relabel.halves: both with "
         "batching.keep_together, and longer.",
     )  # fmt: skip
+
+
+def _rows_of_end(run: RunRecord) -> float:
+    """How many rows ``run.end`` of an accuracy is taken from."""
+    if "eval_rewards/accuracies" in run.series:
+        return float(run.facts["data"]["valid_rows"])
+    return run.config.batching.batch_size * max(1, SETTLED * run.step)
 
 
 def _too_long(run: RunRecord) -> Finding | None:
@@ -277,7 +317,7 @@ def _too_long(run: RunRecord) -> Finding | None:
 def _displaced(run: RunRecord) -> Finding | None:
     """Likelihood displacement: what is preferred becomes less likely, too, only less so."""
     here = moved(run)
-    if here is None or here.chosen > -DISPLACED:
+    if here is None or here.reward is None or here.chosen > -DISPLACED:
         return None
     severe = here.chosen < -5 * DISPLACED
     return Finding(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mlxpref.data.door import LEFT_OUT
 from mlxpref.data.picking import ASKED_FOR as PICKED
 from mlxpref.data.relabel import ASKED_FOR as RELABELLED
+from mlxpref.data.tokens import TOO_LONG
 from mlxpref.diagnosis.finding import Finding
 from mlxpref.diagnosis.record import RunRecord
 
@@ -40,11 +42,24 @@ def findings(run: RunRecord) -> Iterator[Finding]:
 def _dropped(counts: Mapping[str, Any]) -> Iterator[Finding]:
     """More rows left out than kept, for reasons that nobody asked for."""
     for stage, found in counts.items():
-        unasked = {why: n for why, n in found["dropped"].items() if why not in RELABELLED | PICKED}
+        unasked = {
+            why: n for why, n in found["dropped"].items()
+            if why not in RELABELLED | PICKED and not why.startswith(LEFT_OUT)  # of these the example is kept
+        }  # fmt: skip
         lost = sum(unasked.values())
         if lost <= found["kept"]:
             continue
         why, most = max(unasked.items(), key=lambda item: item[1])
+        if why == TOO_LONG:
+            yield Finding(
+                "most-rows-dropped", "alarm",
+                "Most of the data were left out.",
+                f"{stage}: {found['kept']} kept, {lost} dropped, {most} of them for: {why}",
+                "Prompts with their responses are longer than tokenization.max_length.",
+                "Raise tokenization.max_length (`mlxpref plan` says what it takes), or let them be cut (truncation: "
+                "cut).",
+            )  # fmt: skip
+            continue
         yield Finding(
             "most-rows-dropped", "alarm",
             "Most of the data were left out.",
@@ -85,7 +100,7 @@ def _lengths(rows: Mapping[str, Any]) -> Iterator[Finding]:
         )  # fmt: skip
     shorter = 1 - rows["chosen_longer"] - rows["equally_long"]
     for share, word in ((rows["chosen_longer"], "longer"), (shorter, "shorter")):
-        if share >= LONGER:
+        if rows["examples"] >= MANY and share >= LONGER:
             yield Finding(
                 "length-decides", "warning",
                 f"The chosen response is nearly always the {word} one, so length alone tells the two apart.",

@@ -100,11 +100,19 @@ def read_record(folder: Path, *, evaluation: Path | None = None, control: Path |
         folder,
         config,
         resolve_objective(config.objective),
-        read_object(folder / FACTS),
+        _facts(folder / FACTS),
         series,
         _found(folder / EVALUATION, evaluation, "views", "evaluate"),
         _found(folder / CONTROL, control, "per_goal", "control"),
     )
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    found = read_object(file)
+    lacking = [key for key in ("starts", "data", "model", "plan") if not found.get(key)]
+    if lacking:
+        raise RunError(f"{file}: no {', '.join(lacking)}; this is not what a run of mlxpref writes")
+    return found
 
 
 def read_series(file: Path) -> dict[str, Series]:

@@ -7,8 +7,8 @@ one, in the layout of its version 0.1 (``question_id``, ``turns``) or 2.0 (``uid
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -46,18 +46,34 @@ Answers = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
+class Writer:
+    """Who wrote: ``name`` of the model, ``now`` in seconds since 1970, ``count`` of a text's tokens."""
+
+    name: str
+    now: float
+    count: Callable[[str], int]
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """How a benchmark's questions are read and its answers written.
 
     Attributes:
         read: a row → task; KeyError, TypeError for a row that is none.
-        write: (tasks, answers, name of the model, seconds since 1970) → the file's text.
-        temperatures: by category; {} samples nothing by default.
+        write: (tasks, answers, ``Writer``) → the file's text.
+        max_tokens: of an answer.
+        temperatures: by category; others have ``temperature``.
     """
 
     read: Callable[[Mapping[str, Any]], Task]
-    write: Callable[[Sequence[Task], Answers, str, float], str]
-    temperatures: Mapping[str, float]
+    write: Callable[[Sequence[Task], Answers, Writer], str]
+    max_tokens: int
+    temperature: float = 0.0
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+
+    def temperature_of(self, task: Task) -> float:
+        """At which it is asked."""
+        return self.temperatures.get(task.category or "", self.temperature)
 
 
 def read_tasks(file: Path, kind: str) -> list[Task]:
@@ -118,10 +134,10 @@ def _read_alpaca(row: Mapping[str, Any]) -> Task:
     return Task(None, (row["instruction"],), row.get("dataset"), row)
 
 
-def _write_alpaca(tasks: Sequence[Task], answers: Answers, name: str, now: float) -> str:
+def _write_alpaca(tasks: Sequence[Task], answers: Answers, by: Writer) -> str:
     rows = [
         {**({"dataset": task.category} if task.category is not None else {}), "instruction": task.turns[0],
-         "output": texts[0], "generator": name}
+         "output": texts[0], "generator": by.name}
         for task, texts in zip(tasks, answers, strict=True)
     ]  # fmt: skip
     return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
@@ -137,32 +153,32 @@ def _read_arena(row: Mapping[str, Any]) -> Task:
     return Task(row["uid"], (row["prompt"],), row.get("category"), row) if "uid" in row else _read_turns(row)
 
 
-def _write_turns(tasks: Sequence[Task], answers: Answers, name: str, now: float) -> str:
-    return _lines(
-        {
-            "question_id": task.id, "answer_id": _answer_id(name, task), "model_id": name,
-            "choices": [{"index": 0, "turns": list(texts)}], "tstamp": now,
-        }
-        for task, texts in zip(tasks, answers, strict=True)
-    )  # fmt: skip
+def _write_turns(tasks: Sequence[Task], answers: Answers, by: Writer) -> str:
+    return _lines(_choice(task, list(texts), by) for task, texts in zip(tasks, answers, strict=True))
 
 
-def _write_arena(tasks: Sequence[Task], answers: Answers, name: str, now: float) -> str:
+def _write_arena(tasks: Sequence[Task], answers: Answers, by: Writer) -> str:
     return _lines(
-        {
-            "uid": task.id, "ans_id": _answer_id(name, task), "model": name,
-            "messages": [
-                {"role": "user", "content": task.turns[0]}, {"role": "assistant", "content": {"answer": texts[0]}},
-            ],
-            "tstamp": now,
-        }
-        if "uid" in task.row else
-        {
-            "question_id": task.id, "answer_id": _answer_id(name, task), "model_id": name,
-            "choices": [{"index": 0, "turns": [{"content": text} for text in texts]}], "tstamp": now,
-        }
+        _messages(task, texts[0], by)
+        if "uid" in task.row
+        else _choice(task, [{"content": text, "token_len": by.count(text)} for text in texts], by)
         for task, texts in zip(tasks, answers, strict=True)
-    )  # fmt: skip
+    )
+
+
+def _choice(task: Task, turns: list[Any], by: Writer) -> dict[str, Any]:
+    return {
+        "question_id": task.id, "answer_id": _answer_id(by.name, task), "model_id": by.name,
+        "choices": [{"index": 0, "turns": turns}], "tstamp": by.now,
+    }  # fmt: skip
+
+
+def _messages(task: Task, text: str, by: Writer) -> dict[str, Any]:
+    said = [{"role": "user", "content": task.turns[0]}, {"role": "assistant", "content": {"answer": text}}]
+    return {
+        "uid": task.id, "ans_id": _answer_id(by.name, task), "model": by.name, "messages": said, "tstamp": by.now,
+        "metadata": {"token_len": by.count(text)},
+    }  # fmt: skip
 
 
 def _answer_id(name: str, task: Task) -> str:
@@ -170,14 +186,14 @@ def _answer_id(name: str, task: Task) -> str:
     return uuid5(NAMESPACE_URL, f"{name}/{task.id}").hex
 
 
-def _lines(rows: Any) -> str:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "alpaca-eval": Benchmark(_read_alpaca, _write_alpaca, {}),
-    "mt-bench": Benchmark(_read_turns, _write_turns, TEMPERATURES),
-    "arena-hard": Benchmark(_read_arena, _write_arena, {}),
+    "alpaca-eval": Benchmark(_read_alpaca, _write_alpaca, 2048),
+    "mt-bench": Benchmark(_read_turns, _write_turns, 1024, 0.7, TEMPERATURES),
+    "arena-hard": Benchmark(_read_arena, _write_arena, 4096),
 }
 
 SHAPES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxpref.report.canvas import FAINT, INK, apart, drawing, new_figure, save, size_of
+from mlxpref.report.canvas import FAINT, INK, apart, drawing, new_figure, save, size_of, wrapped
 from mlxpref.report.pictures import LINES
 
 WIDTH, HEIGHT = 4.9, 3.1
@@ -35,6 +35,9 @@ PAGE_COLOURS = {"#ffffff": "paper", INK: "ink", FAINT: "faint", GRID: "grid", ED
     colour: f"c{place}" for place, colour in enumerate(COLOURS)
 }
 """A colour here -> the name of the page's own for it."""
+
+NAME_WIDTH = 1.3
+"""Inches; longer names are broken into lines."""
 
 SMALL, NORMAL = 9.0, 10.0
 """Points."""
@@ -147,7 +150,9 @@ def _figure(chart: Chart, *, heading: bool) -> Any:
     top = 0.42 if heading else 0.12
     names = [line.name for line in chart.lines] if chart.lines else [bars.name for bars in chart.bars]
     names += [chart.level[1]] if chart.level is not None else []
-    right = 0.2 + (max(size_of(figure, name, fontsize=SMALL)[0] for name in names) if len(names) > 1 else 0.0)
+    written = {name: wrapped(figure, name, NAME_WIDTH, fontsize=SMALL) for name in names}
+    widest = max(size_of(figure, text, fontsize=SMALL)[0] for text in written.values())
+    right = 0.2 + (widest if len(names) > 1 else 0.0)
     left, bottom = 0.68, 0.52
     axes = figure.add_axes(
         (left / WIDTH, bottom / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - bottom - top) / HEIGHT)
@@ -162,7 +167,7 @@ def _figure(chart: Chart, *, heading: bool) -> Any:
     _dress(axes, chart)
     _make_room(figure, axes)
     if len(ends) > 1:
-        _name(figure, axes, ends)
+        _name(figure, axes, [(written[name], value, colour) for name, value, colour in ends])
     return figure
 
 

@@ -60,17 +60,16 @@ def resource_charts(run: RunRecord) -> Iterator[Chart]:
 
 
 def compared(runs: Mapping[str, RunRecord]) -> Iterator[Chart]:
-    """Charts in which several runs, by name, share one: each its validation curve, or else that of training."""
+    """Charts in which several runs, by name, share one: each its validation curve, or else, so named, that of
+    training."""
     for name, title, y_label, metrics, level, note in CURVES:
         if name not in COMPARED:
             continue
         for key, said in metrics if name == "goal" else metrics[-1:]:
-            found = {run_name: _validated(run, key) for run_name, run in runs.items()}
-            lines = tuple(_line(run_name, series, key) for run_name, series in found.items() if series is not None)
+            lines = tuple(line for run_name, run in runs.items() for line in _validated(run_name, run, key))
             if lines:
-                what = f"{title} ({said})" if name == "goal" else f"{title}, validation"
-                yield Chart(f"{name}-{said}" if name == "goal" else name, what, "step", y_label, lines, level=level,
-                            note=note)  # fmt: skip
+                what, file = (f"{title} ({said})", f"goal-{key.split('_')[1]}") if name == "goal" else (title, name)
+                yield Chart(file, what, "step", y_label, lines, level=level, note=note)
 
 
 def data_charts(run: RunRecord) -> Iterator[Chart]:
@@ -147,8 +146,11 @@ def _line(name: str, series: Series, key: str) -> Line:
     return Line(name, series.steps.astype(float), series.values, marked=key.startswith("eval_"))
 
 
-def _validated(run: RunRecord, key: str) -> Series | None:
-    return run.series.get(key) or run.series.get(key.removeprefix("eval_"))
+def _validated(name: str, run: RunRecord, key: str) -> Iterator[Line]:
+    if key in run.series:
+        yield _line(name, run.series[key], key)
+    elif (trained := key.removeprefix("eval_")) in run.series:
+        yield _line(f"{name} (training)", run.series[trained], trained)
 
 
 def endings(runs: Mapping[str, RunRecord]) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,13 +20,17 @@ let shown = null;
 async function look() {
   try {
     const state = await (await fetch("state")).text();
-    if (shown !== null && state !== shown) {
-      const open = [...document.querySelectorAll("details")].map(one => one.open);
-      const found = new DOMParser().parseFromString(await (await fetch("./")).text(), "text/html");
-      document.querySelector("main").replaceWith(found.querySelector("main"));
-      document.querySelectorAll("details").forEach((one, at) => { if (at in open) one.open = open[at]; });
+    if (shown === null) shown = state;
+    if (state !== shown) {
+      const answer = await fetch("./");
+      const found = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main");
+      if (answer.ok && found) {
+        const open = [...document.querySelectorAll("details")].map(one => one.open);
+        document.querySelector("main").replaceWith(found);
+        document.querySelectorAll("details").forEach((one, at) => { if (at in open) one.open = open[at]; });
+        shown = state;
+      }
     }
-    shown = state;
   } catch (gone) { return; }
   setTimeout(look, 3000);
 }
@@ -76,19 +81,20 @@ def server(make: Callable[[], str], files: Sequence[Path], *, port: int = 0) -> 
             elif where == "/":
                 try:
                     self._send(200, "text/html", current())
-                except MlxprefError as error:  # a file is being written
+                except (MlxprefError, KeyError, ValueError) as error:  # a file is being written, or is none of ours
                     self._send(503, "text/plain", str(error))
             else:
                 self._send(404, "text/plain", "there is one page here, /")
 
         def _send(self, code: int, kind: str, text: str) -> None:
             body = text.encode()
-            self.send_response(code)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the page was closed meanwhile
+                self.send_response(code)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Cache-Control", "no-store")
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: Any) -> None:
             """Say nothing: the terminal is the user's."""
