@@ -107,7 +107,8 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert seen.unnamed == 0 and seen.tags.count("svg") >= 12
     assert seen.tags.count("table") >= seen.tags.count("svg")
     assert "&lt;script&gt;alert" in text and "Wrong: Rows contradict each other" in text
-    assert "asked for base, without a goal" in text and "<td>0.75</td>" in text and "<td></td>" in text
+    assert "base, without a goal · score 8" in text and "asked for 10 · score 8" in text
+    assert "<td>0.75</td>" in text and "<td></td>" in text
     styles = re.findall("<style.*?</style>", text, flags=re.DOTALL)
     assert len(styles) == 1 and not re.search("#[0-9a-fA-F]{6}", text.replace(styles[0], ""))  # colours by name
 

@@ -258,11 +258,12 @@ def draw_record(record: Mapping[str, Any], file: Path) -> None:
     points = sorted((_point(one, attribute) for one in of_goals), key=lambda point: point.asked)
     said = [f"{goal_words(one['goal'])}: {one['mean']:.1f}" for one in (of_goals[:1] + of_goals[-1:])]
     base = (record["base"] or {}).get("per_goal", ())
+    scorer = record["options"]["scorer"].rpartition(":")[2]
     draw_control_curve(
         [Curve("policy", tuple(points))], file,
         title=f"What is asked for, and what is achieved ({', '.join(said)})",
         lines=[Line("base, without a goal", one["mean"]) for one in base],
-        scale=recipe.goal_range, as_asked=False, y_label=f"{record['options']['scorer']} of the responses",
+        scale=recipe.goal_range, as_asked=False, y_label=f"{scorer} of the responses",
     )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def _samples(found: Mapping[str, Any]) -> str:
     prompts = found.get("prompts")
     if not prompts:
         return ""
-    samples = [(_goal(one["goal"]), one) for one in found["samples"]]
+    samples = [(f"asked for {_goal(one['goal'])}", one) for one in found["samples"]]
     samples += [("base, without a goal", one) for one in (found.get("base") or {}).get("samples", ())]
     cards = []
     for index, turns in enumerate(prompts[:PROMPTS]):
@@ -155,7 +155,7 @@ def _samples(found: Mapping[str, Any]) -> str:
                 continue
             seen.add(name)
             shown += (
-                f'<div class="card"><p class="evidence">asked for {escape(name)} · score {one["score"]:.3g}</p>'
+                f'<div class="card"><p class="evidence">{escape(name)} · score {one["score"]:.3g}</p>'
                 f"<p>{_text(one['text'])}</p></div>"
             )
         question = escape(" … ".join(turn["content"] for turn in turns)[:LETTERS])
