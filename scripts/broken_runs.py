@@ -3,8 +3,9 @@
     python scripts/broken_runs.py                        # all of them, some five minutes on two cores
     python scripts/broken_runs.py labels-flipped healthy # these
     python scripts/broken_runs.py --out runs/broken      # and keep the run folders
+    python scripts/broken_runs.py --seed 5               # with another seed than the rules were tried on
 
-Prints a table (docs/diagnosis.md has it): what came first, beside what should. Exit code 1 where they differ.
+Prints a table (docs/reading-a-run.md has it): what came first, beside what should. Exit code 1 where they differ.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ RUNS: dict[str, Broken] = {
 }
 
 
-def make(name: str, folder: Path) -> Path:
+def make(name: str, folder: Path, seed: int = 0) -> Path:
     """Train a run of the table into a folder beside the others; its run folder."""
     broken, target = RUNS[name], folder / name
     if (target / "run.json").is_file():
@@ -121,8 +122,9 @@ def make(name: str, folder: Path) -> Path:
         **STEPS,
         **broken.settings,
     }
+    settings["training.seed"] = settings.get("training.seed", 0) + seed
     if broken.after is not None:
-        start, previous = (str(make(before, folder)) for before in broken.after)
+        start, previous = (str(make(before, folder, seed)) for before in broken.after)
         settings |= {"adapter.init_from": start, "reference.previous": previous}
     train(load_config(ROOT / "configs" / "sandbox.yaml", list(settings.items())))
     return target
@@ -132,19 +134,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; all by default")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="added to every run's own; 0 by default")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in RUNS]
     if unknown:
         parser.error(f"no such run: {', '.join(unknown)}")
     with tempfile.TemporaryDirectory() as aside:
-        return _table(options.names or list(RUNS), options.out or Path(aside))
+        return _table(options.names or list(RUNS), options.out or Path(aside), options.seed)
 
 
-def _table(names: Sequence[str], folder: Path) -> int:
+def _table(names: Sequence[str], folder: Path, seed: int) -> int:
     wrong = 0
     print("| run | should come first | came first | evidence |\n|---|---|---|---|")
     for name in names:
-        found = diagnose(read_record(make(name, folder)))
+        found = diagnose(read_record(make(name, folder, seed)))
         wanted = RUNS[name].wanted
         loud = [one for one in found if one.severity != "note"]
         first = loud[0].name if loud else None

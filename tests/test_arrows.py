@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "facts": SPINE | {"prepare", "reference"},
     "loop": SPINE | {"callbacks", "runs", "schedules", "workers"},
     "assembly": LOOP,
-    "diagnosis": SPINE | {"runs"},
+    "diagnosis": SPINE | {"runs", "schedules"},
     "planning": SPINE | {"folders", "prepare", "reference", "steps"},
     "bench": RUNS,
     "train": RUNS,
