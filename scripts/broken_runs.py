@@ -60,11 +60,11 @@ def flipped(rows: Rows) -> Rows:
 
 
 def shuffled(rows: Rows) -> Rows:
-    """Each pair with the scores of another, the higher one the chosen response's."""
-    scores = [(row["score_chosen"], row["score_rejected"]) for row in rows]
-    random.Random(0).shuffle(scores)
-    given = zip(rows, scores, strict=True)
-    return [{**row, "score_chosen": max(two), "score_rejected": min(two)} for row, two in given]
+    """Each pair with the scores of another, in either order: what is asked for says nothing of a response."""
+    draw = random.Random(0)
+    scores = [draw.sample((row["score_chosen"], row["score_rejected"]), 2) for row in rows]
+    draw.shuffle(scores)
+    return [{**row, "score_chosen": one, "score_rejected": two} for row, (one, two) in zip(rows, scores, strict=True)]
 
 
 def same_texts(rows: Rows) -> Rows:

@@ -76,14 +76,16 @@ def _contradicting(rows: Mapping[str, Any], run: RunRecord) -> Iterator[Finding]
         return
     kept = run.config.relabel is not None and run.config.relabel.ties == "keep"
     cause = "Ties were kept: equal scores state one goal with both orders." if kept else (
-        "The same pair occurs twice with its responses exchanged, or ties were kept when the data were relabelled."
+        "The same pair occurs twice with its responses exchanged, ties were kept when the data were relabelled, or "
+        "goals stand in rows that they do not belong to."
     )  # fmt: skip
     yield Finding(
         "contradicting-rows", "alarm" if share >= CONTRADICTING else "note",
         "Rows contradict each other: the same prompt and goal, with the same responses in the other order.",
         f"{rows['contradicting']} of {rows['rows']} training rows ({share:.0%})",
         cause,
-        "Set relabel.ties: drop, and relabel.min_gap to a gap that means something.",
+        "Set relabel.ties: drop, and relabel.min_gap to a gap that means something; look at such rows with "
+        "`mlxpref inspect`.",
     )  # fmt: skip
 
 

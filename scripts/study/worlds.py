@@ -18,7 +18,7 @@ N_PAIRS = 1400
 GAP = 3
 """Points that the two scores are apart at least, as a judge sees them."""
 
-DRAWN = 12_000
+DRAWN = 40_000
 """Pairs to choose from."""
 
 
