@@ -192,8 +192,13 @@ def test_what_is_written(tmp_path: Path, changes: dict[str, Any], name: str | No
 def test_what_is_preferred(tmp_path: Path, sensitivity: Any, change: float | None, names: list[str]) -> None:
     folder = fake_runs.write_run(tmp_path / "run")
     view = {"change": {"high_score_rejected": {"responses": 9, "sum": change, "per_token": change}}}
-    found = {"views": {"unconditioned": view}, "goal_sensitivity": sensitivity, "high_score": 8.0}
+    found: Any = {"views": {"unconditioned": view}, "goal_sensitivity": sensitivity, "high_score": 8.0}
     (folder / "evaluation.json").write_text(json.dumps(found))
+    found["views"]["rejected"] = {"change": {"high_score_rejected": {"responses": 9, "sum": 1.0, "per_token": 0.1}}}
+    kept = folder.with_name("with-goals")
+    fake_runs.write_run(kept)
+    (kept / "evaluation.json").write_text(json.dumps(found))
+    assert "good-responses-unlearnt" not in [name for name, _ in said(kept)]  # likely under their own score
     found = said(folder)
     assert [name for name, _ in found] == names
     assert all((severity == "note") == (sensitivity["examples"] == 5) for _, severity in found)  # too few to tell

@@ -13,6 +13,7 @@ from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
 from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
 from mlxpref.cli.unscored import unscored
+from mlxpref.data.words import counted
 from mlxpref.evaluate.outputs import BENCHMARKS, Writer, answer, read_tasks
 from mlxpref.files import write_text
 from mlxpref.generate import Question, ask, generate, parse_goal
@@ -64,7 +65,8 @@ def command(
     console.say(f"{out}: {len(tasks)} questions of {benchmark}")
     cut = sum(asking.count(text) >= options["max_tokens"] for texts in answers for text in texts)
     if cut:
-        console.warn(f"{cut} answers have {options['max_tokens']} tokens or more and may be cut; see --max-tokens")
+        limit = options["max_tokens"]
+        console.warn(f"{counted(cut, 'answer')} of {limit} tokens or more, perhaps cut; --max-tokens allows more")
 
 
 class _Asking:

@@ -51,22 +51,23 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
             "See with `mlxpref inspect` that each prompt states its response's score; train longer." if known else
             "Evaluate more of them.",
         )  # fmt: skip
-    for name, said in (("top", "asked for the top goal"), ("unconditioned", "asked without a goal")):
-        view = found["views"].get(name)
-        if view is None:
-            continue
-        change = view["change"]["high_score_rejected"]
-        if change["per_token"] is None or change["per_token"] > -UNLEARNT:
-            continue
-        yield Finding(
-            "good-responses-unlearnt", "warning" if name == "unconditioned" else "note",
-            "Good responses that were merely second have become less likely.",
-            f"{said}, rejected responses that score {found['high_score']:g} or more: {change['per_token']:+.2f} nats a "
-            f"token over {change['responses']} of them",
-            "Training without goals pushes down whatever was second, however good.",
-            "Train with goals (section relabel), which ask for such responses by their own score.",
-        )  # fmt: skip
+    # With goals a response is meant to stay likely under its own score; without, there is one way to ask.
+    own = found["views"].get("rejected") or found["views"].get("unconditioned")
+    change = None if own is None else own["change"]["high_score_rejected"]
+    if change is None or change["per_token"] is None or change["per_token"] > -UNLEARNT:
         return
+    goals = "rejected" in found["views"]
+    yield Finding(
+        "good-responses-unlearnt", "warning",
+        "Good responses that were merely second have become less likely.",
+        f"rejected responses that score {found['high_score']:g} or more, asked for "
+        + ("their own score" if goals else "nothing")
+        + f": {change['per_token']:+.2f} nats a token over {change['responses']} of them",
+        "All responses have become less likely, these with them." if goals else
+        "Training without goals pushes down whatever was second, however good.",
+        "Use a larger beta or a lower optimizer.learning_rate, or add a term {name: sft, weight: 0.1}." if goals else
+        "Train with goals (section relabel), which ask for such responses by their own score.",
+    )  # fmt: skip
 
 
 # --- control curves ---
