@@ -99,11 +99,11 @@ def command(
         found = _asked(questions, goals, scorer, opened, options, "responses", keep, adapter=True)
         if options["compare_base"]:
             base = _asked(questions, [None], scorer, opened, options, "responses of the base", keep, adapter=False)
+        named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
+        about = {**_record(found, base, prompts, questions, opened, options), **named}
+        if options["json_file"] is not None:
+            write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     _show(found, base, scorer, options["top"])
-    named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
-    about = {**_record(found, base, prompts, questions, opened, options), **named}
-    if options["json_file"] is not None:
-        write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     if options["picture"] is not None:
         draw_record(about, options["picture"])
 

@@ -184,7 +184,7 @@ def _diagnose(folder: Path) -> None:
         console.note(f"not diagnosed: {error}")
         return
     for one in alarms:
-        console.warn(f"{one.what} {one.evidence}. {one.change}")
+        console.warn(f"{one.what} {one.change} ({one.evidence})")
     console.note(f"to look at it:  mlxpref report {shlex.quote(str(folder))}")
 
 

@@ -102,12 +102,12 @@ def command(context: click.Context, one: str, other: str, prompts: Path, **optio
             verdicts = by_score(scorer, asked, paired.ones, paired.others, tie=options["tie"])
         else:
             verdicts, of_judge = _judged(asked, paired, template, options)
-    found = win_rate(paired.comparisons(verdicts), places=scorer is None, seed=options["seed"])
+        found = win_rate(paired.comparisons(verdicts), places=scorer is None, seed=options["seed"])
+        if options["json_file"] is not None:
+            record = {**found.as_record(), **_facts(named, prompts, options), **of_judge}
+            record["comparisons"] = _responses(paired, verdicts)
+            write_text(options["json_file"], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     _show(found, one, other, of_judge.get("letters"))
-    if options["json_file"] is not None:
-        record = {**found.as_record(), **_facts(named, prompts, options), **of_judge}
-        record["comparisons"] = _responses(paired, verdicts)
-        write_text(options["json_file"], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -80,6 +80,15 @@ class Achieved:
         pairs = {name: list(value) for name, value in record.items() if isinstance(value, tuple)}
         return {**record, **pairs, "goal": _plain(self.goal)}
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Achieved:
+        """What ``as_record`` gave."""
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            value = record[field.name]
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**found)
+
 
 @dataclass(frozen=True, slots=True)
 class ControlCurve:
@@ -252,24 +261,18 @@ def draw_record(record: Mapping[str, Any], file: Path) -> None:
     Raises:
         UsageError: another ending, or nothing to draw. RunError: the file cannot be written.
     """
-    of_goals = [one for one in record["per_goal"] if one["goal"] is not None]
+    per_goal = [Achieved.from_record(one) for one in record["per_goal"] if one["goal"] is not None]
     recipe = Recipe.from_dict(record["recipe"])
     attribute = record["options"]["attribute"] or (recipe.attributes[0] if recipe.attributes else None)
-    points = sorted((_point(one, attribute) for one in of_goals), key=lambda point: point.asked)
-    said = [f"{goal_words(one['goal'])}: {one['mean']:.1f}" for one in (of_goals[:1] + of_goals[-1:])]
+    said = [f"{goal_words(one.goal)}: {one.mean:.1f}" for one in (*per_goal[:1], *per_goal[-1:])]
     base = (record["base"] or {}).get("per_goal", ())
     scorer = record["options"]["scorer"].rpartition(":")[2]
     draw_control_curve(
-        [Curve("policy", tuple(points))], file,
+        [as_curve("policy", per_goal, attribute=attribute)], file,
         title=f"What is asked for, and what is achieved ({', '.join(said)})",
         lines=[Line("base, without a goal", one["mean"]) for one in base],
         scale=recipe.goal_range, as_asked=False, y_label=f"{scorer} of the responses",
     )  # fmt: skip
-
-
-def _point(one: Mapping[str, Any], attribute: str | None) -> Point:
-    interval, spread = ((None if ends is None else (ends[0], ends[1])) for ends in (one["interval"], one["spread"]))
-    return Point(_on_axis(one["goal"], attribute), one["mean"], interval, spread)
 
 
 def as_curve(name: str, per_goal: Sequence[Achieved], *, attribute: str | None = None) -> Curve:
