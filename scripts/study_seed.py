@@ -1,4 +1,4 @@
-"""The claims of reward-augmented DPO in the sandbox, table by table (docs/study.md).
+"""The claims of reward-augmented DPO in the sandbox, table by table; no confirming run was made yet.
 
     python scripts/study_seed.py top                  # one table: trains what it needs, some minutes an arm and seed
     python scripts/study_seed.py top --seeds 1 2      # fewer seeds

@@ -33,7 +33,7 @@ def overview(**changes: Any) -> dict[str, Any]:
         "rows": 1000, "examples": 500, "responses_each": 2.0, "contradicting": 0, "cut": {"prompts": 0, "responses": 0},
         "tokens": {name: dict(usual) for name in ("prompts", "chosen", "rejected", "responses")},
         "chosen_longer": 0.55, "equally_long": 0.05,
-        "scores": {"edges": [0.5, 1.5, 2.5], "chosen": [10, 490], "rejected": [480, 20]},
+        "scores": {"edges": [0.5, 1.5, 2.5], "values": [1, 2], "chosen": [10, 490], "rejected": [480, 20]},
     } | changes  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def goal(value: float | None, mean: float, **more: Any) -> dict[str, Any]:
 def control(**changes: Any) -> dict[str, Any]:
     text = "one two three four five six seven eight nine ten"
     return {
-        "per_goal": [goal(1, 2.0), goal(10, 8.0)], "spearman": 0.8,
+        "per_goal": [goal(1, 2.0), goal(10, 8.0)], "spearman": 0.8, "recipe": {},
         "base": {"per_goal": [goal(None, 5.0)], "samples": [{"index": 0, "goal": None, "text": text, "score": 5}]},
         "samples": [{"index": 0, "goal": 10, "text": text, "score": 8}],
     } | changes  # fmt: skip
@@ -184,7 +184,7 @@ def test_what_is_written(tmp_path: Path, changes: dict[str, Any], name: str | No
     [
         ({"mean": 4.0, "error": 0.3, "examples": 50}, 0.1, []),
         ({"mean": 0.1, "error": 0.3, "examples": 50}, 0.1, ["goal-ignored"]),
-        ({"mean": 4.0, "error": 2.1, "examples": 5}, 0.1, ["goal-ignored"]),
+        ({"mean": 4.0, "error": 2.1, "examples": 5}, 0.1, ["too-few-examples"]),
         ({"mean": 4.0, "error": 0.3, "examples": 50}, -0.2, ["good-responses-unlearnt"]),
         ({"mean": None, "error": None, "examples": 0}, None, []),
     ],
@@ -229,7 +229,7 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         read_record(folder)
     folder = fake_runs.write_run(tmp_path / "other")
     (folder / "evaluation.json").write_text('{"rate": 1}')
-    with pytest.raises(DataError, match="not what mlxpref evaluate --json writes"):
+    with pytest.raises(DataError, match="not what mlxpref evaluate --json writes now"):
         read_record(folder)
 
 
@@ -257,11 +257,22 @@ def test_figures_of_rows() -> None:
     assert found["tokens"]["chosen"]["max"] == 3 and found["tokens"]["rejected"]["p50"] == 1
     edges, chosen = found["scores"]["edges"], found["scores"]["chosen"]
     assert len(edges) == 5 and chosen == [0, 0, 1, 2] and found["scores"]["rejected"] == [1, 2, 1, 0]
+    assert found["scores"]["values"] == [1, 2, 5, 8]
     assert all(low < value < high for low, value, high in zip(edges, (1, 2, 5, 8), edges[1:], strict=False))
     assert overview([row("u", 1, [[1], [2]])])["scores"] is None
 
 
 # --- the command, and runs of the sandbox ---
+
+
+def test_of_one_kind_the_worst_is_kept(tmp_path: Path) -> None:
+    """Finds a warning of the curves that hides the evaluation's alarm."""
+    both = {f"{name}_half/rewards/accuracies": 0.54 for name in ("chosen", "rejected")}
+    folder = fake_runs.write_run(tmp_path / "run", evaluated=at_end(**both))
+    assert said(folder) == [("goal-ignored", "warning")]
+    sensitivity = {"mean": 0.0, "error": 0.01, "examples": 500}
+    (folder / "evaluation.json").write_text(json.dumps({"views": {}, "goal_sensitivity": sensitivity}))
+    assert said(folder) == [("goal-ignored", "alarm")]
 
 
 def test_the_remedy_is_for_what_was_dropped(tmp_path: Path) -> None:

@@ -213,6 +213,10 @@ def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path
     ran = run(*asked, "late:score")
     assert ran.exit_code != 0 and Path("c.json").read_text() == "an earlier measurement"
     assert [len(lot) for lot in json.loads(Path("c.unscored.json").read_text())] == [15, 3]
+    again = run(*asked, "goal_scores:goal")
+    assert again.exit_code == 2 and "move it away first" in again.stderr
+    assert len(json.loads(Path("c.unscored.json").read_text())) == 2  # a retry that fails takes nothing with it
+    Path("c.unscored.json").unlink()
     assert run(*asked, "goal_scores:goal").exit_code == 0 and not Path("c.unscored.json").exists()
 
 

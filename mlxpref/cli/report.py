@@ -73,10 +73,15 @@ def _pictures(records: Sequence[RunRecord]) -> dict[Path, str]:
     found = {}
     with TemporaryDirectory() as aside:
         for run in records:
-            if run.control is not None:
-                draw_record(run.control, Path(aside) / "control.svg")
+            if _has_curve(run):
+                draw_record(run.control or {}, Path(aside) / "control.svg")
                 found[run.folder] = (Path(aside) / "control.svg").read_text(encoding="utf-8")
     return found
+
+
+def _has_curve(run: RunRecord) -> bool:
+    """Whether a goal was asked for, so that there is something to draw."""
+    return run.control is not None and any(one["goal"] is not None for one in run.control["per_goal"])
 
 
 def _draw(records: Sequence[RunRecord], folder: Path) -> int:
@@ -89,9 +94,9 @@ def _draw(records: Sequence[RunRecord], folder: Path) -> int:
             draw(chart, folder / f"{name}{chart.name}{kind}")
             n += 1
     for name, run in named.items():
-        if run.control is not None:
+        if _has_curve(run):
             for kind in KINDS:
-                draw_record(run.control, folder / f"{_prefix(name, named)}control{kind}")
+                draw_record(run.control or {}, folder / f"{_prefix(name, named)}control{kind}")
                 n += 1
     return n
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxpref.cli import console
+from mlxpref.errors import UsageError
 from mlxpref.files import write_text
 
 
@@ -23,12 +24,14 @@ def unscored(file: Path | None) -> Iterator[Callable[[Any], None]]:
         keeps one more lot, JSON-safe, with all before it.
 
     Raises:
-        RunError: the place cannot be written to, at once.
+        UsageError: something of an earlier command lies there. RunError: the place cannot be written to; both at once.
     """
     if file is None:
         yield lambda lot: None
         return
     aside = file.with_name(f"{file.stem}.unscored.json")
+    if aside.exists():
+        raise UsageError(f"{aside}: what an earlier command wrote and never scored is there; move it away first")
     lots: list[Any] = []
 
     def keep(lot: Any = None) -> None:

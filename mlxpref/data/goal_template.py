@@ -39,7 +39,7 @@ _FIRST_USER = """\
 """
 
 _STATED = (
-    "([{'type': 'text', 'text': GOAL}] + said) if said is not string "
+    "GOAL if said is none else ([{'type': 'text', 'text': GOAL}] + said) if said is not string "
     "else (GOAL ~ '\\n\\n' ~ said) if said.strip() else GOAL"
 )
 """The goal before what was said, which may be text or a list of parts."""

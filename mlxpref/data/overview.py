@@ -22,11 +22,11 @@ def overview(rows: Sequence[Tokenized]) -> dict[str, Any]:
 
     Returns:
         ``rows``, ``examples``, mean ``responses_each``; ``contradicting``: rows whose prompt, goal included, also
-        occurs with the same responses in another order; ``cut``: rows whose prompt, and of which a response, was cut;
-        ``tokens``: quantiles of ``prompts``, ``chosen``, ``rejected`` and of all ``responses``. Over examples, chosen
-        being the best by score, else the first: ``chosen_longer`` and ``equally_long``, shares of the responses it is
-        compared with; ``scores``: a histogram of the ``chosen`` and the ``rejected`` ones over ``edges``, None without
-        scores.
+        occurs with the same responses and another one of them first; ``cut``: rows whose prompt, and of which a
+        response, was cut; ``tokens``: quantiles of ``prompts``, ``chosen``, ``rejected`` and of all ``responses``. Over
+        examples, chosen being the best by score, else the first: ``chosen_longer`` and ``equally_long``, shares of the
+        responses it is compared with; ``scores``: a histogram of the ``chosen`` and the ``rejected`` ones over
+        ``edges``, whose bins stand for ``values``; None without scores.
     """
     first: dict[bytes, bytes] = {}
     contrary: set[bytes] = set()
@@ -110,4 +110,5 @@ def _histogram(scored: Sequence[tuple[float, list[float]]]) -> dict[str, list[fl
     else:
         edges = np.linspace(distinct[0], distinct[-1], BINS + 1)
     counts = [np.histogram(values, edges)[0].tolist() for values in (chosen, rejected)]
-    return {"edges": edges.tolist(), "chosen": counts[0], "rejected": counts[1]}
+    values = distinct.tolist() if len(distinct) <= BINS else ((edges[1:] + edges[:-1]) / 2).tolist()
+    return {"edges": edges.tolist(), "values": values, "chosen": counts[0], "rejected": counts[1]}

@@ -6,7 +6,6 @@ from itertools import chain
 
 from mlxpref.diagnosis import of_behaviour, of_course, of_data
 from mlxpref.diagnosis.finding import SEVERITIES, Finding, Severity
-from mlxpref.diagnosis.of_course import Moved, moved
 from mlxpref.diagnosis.record import CONTROL, EVALUATION, RunRecord, Series, read_record
 
 __all__ = [
@@ -14,12 +13,10 @@ __all__ = [
     "EVALUATION",
     "SEVERITIES",
     "Finding",
-    "Moved",
     "RunRecord",
     "Series",
     "Severity",
     "diagnose",
-    "moved",
     "read_record",
 ]
 
@@ -28,5 +25,7 @@ def diagnose(run: RunRecord) -> list[Finding]:
     """Everything worth saying of a run: the worst first, and of equally bad things causes before their effects."""
     found: dict[str, Finding] = {}
     for one in chain(of_data.findings(run), of_course.findings(run), of_behaviour.findings(run)):
-        found.setdefault(one.name, one)
+        known = found.setdefault(one.name, one)
+        if SEVERITIES.index(one.severity) < SEVERITIES.index(known.severity):
+            found[one.name] = one
     return sorted(found.values(), key=lambda one: SEVERITIES.index(one.severity))

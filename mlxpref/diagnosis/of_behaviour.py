@@ -44,7 +44,7 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
     if mean is not None and error is not None and mean <= 2 * error:
         known = mean + 2 * error < DEAF
         yield Finding(
-            "goal-ignored", "alarm" if known else "note",
+            "goal-ignored" if known else "too-few-examples", "alarm" if known else "note",
             "The goal in the prompt decides nothing." if known else "Too few examples to say whether the goal decides.",
             f"goal sensitivity {mean:.3f} ± {error:.3f} nats over {sensitivity['examples']} examples; 0 is ignoring it",
             "Goals do not fit the responses, or the run is too short." if known else "",

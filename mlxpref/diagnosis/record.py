@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +82,8 @@ class RunRecord:
         return float(found.values[0]) if found is not None and found.steps[0] == 1 else None
 
 
-def read_record(folder: Path, *, evaluation: Path | None = None, control: Path | None = None) -> RunRecord:
-    """What lies in a run folder; evaluation and control curve are looked for in it where none is named.
+def read_record(folder: Path) -> RunRecord:
+    """What lies in a run folder, evaluation and control curve among it.
 
     Raises:
         RunError: no run is there, or nothing was trained in it yet.
@@ -102,8 +102,8 @@ def read_record(folder: Path, *, evaluation: Path | None = None, control: Path |
         resolve_objective(config.objective),
         _facts(folder / FACTS),
         series,
-        _found(folder / EVALUATION, evaluation, "views", "evaluate"),
-        _found(folder / CONTROL, control, "per_goal", "control"),
+        _found(folder / EVALUATION, ("views",), "evaluate"),
+        _found(folder / CONTROL, ("per_goal", "recipe", "spearman", "samples"), "control"),
     )
 
 
@@ -140,13 +140,13 @@ def read_series(file: Path) -> dict[str, Series]:
     return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
 
 
-def _found(usual: Path, named: Path | None, key: str, command: str) -> Mapping[str, Any] | None:
-    file = named or (usual if usual.is_file() else None)
-    if file is None:
+def _found(file: Path, keys: Sequence[str], command: str) -> Mapping[str, Any] | None:
+    if not file.is_file():
         return None
     found = read_object(file)
-    if key not in found:
-        raise DataError(f"{file}: this is not what mlxpref {command} --json writes (it has no {key})")
+    lacking = [key for key in keys if key not in found]
+    if lacking:
+        raise DataError(f"{file}: this is not what mlxpref {command} --json writes now (no {', '.join(lacking)})")
     return found
 
 

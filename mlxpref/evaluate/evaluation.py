@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxpref.data.goal_template import check_states_none
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.tokenization import tokenize
 from mlxpref.errors import DataError
@@ -108,6 +109,7 @@ def evaluate(
         DataError: no example can be used.
         RunError: a log-prob is not finite, or the store cannot be written.
     """
+    check_states_none(tokenizer)
     views, tokens, counts = _prepare(
         examples, recipe, tokenizer,
         max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation,

@@ -145,6 +145,8 @@ def _write_alpaca(tasks: Sequence[Task], answers: Answers, by: Writer) -> str:
 
 def _read_turns(row: Mapping[str, Any]) -> Task:
     """MT-Bench's turns are texts, Arena-Hard's have a ``content``."""
+    if not isinstance(row["turns"], list) or not isinstance(row.get("category"), str | None):
+        raise TypeError("turns is a list, category a text")
     turns = tuple(turn["content"] if isinstance(turn, Mapping) else turn for turn in row["turns"])
     return Task(row["question_id"], turns, row.get("category"), row)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -77,8 +76,7 @@ def data_charts(run: RunRecord) -> Iterator[Chart]:
     scores = (run.facts["data"].get("train") or {}).get("scores")
     if scores is None:
         return
-    edges = scores["edges"]
-    bins = tuple(f"{(low + high) / 2:.3g}" for low, high in pairwise(edges))
+    bins = tuple(f"{value:.3g}" for value in scores["values"])
     bars = tuple(Bars(side, tuple(map(float, scores[side]))) for side in ("chosen", "rejected"))
     yield Chart("scores", "Scores of the training examples' responses", "score", "responses", bars=bars, bins=bins)
 

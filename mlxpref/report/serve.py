@@ -74,7 +74,7 @@ def server(make: Callable[[], str], files: Sequence[Path], *, port: int = 0) -> 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             where = urlsplit(self.path).path
-            if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
+            if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
                 self._send(403, "text/plain", "this page is for this machine alone")  # another name leads here
             elif where == "/state":
                 self._send(200, "text/plain", state_of(files))

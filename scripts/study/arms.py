@@ -31,7 +31,7 @@ class Arm:
         world: of ``worlds.WORLDS``.
         relabel: options of the section relabel; None trains without goals.
         objective: as a configuration has it.
-        rate: learning rate, as tuned.
+        rate: learning rate; those of the quickstart until they are tuned.
         steps: updates.
         settings: further keys of the configuration.
         goals: what it is asked for, beside nothing; () of an arm without goals.
