@@ -234,6 +234,11 @@ def _clear_unfinished(path: Path) -> None:
             found.unlink(missing_ok=True)
 
 
+def checkpoint_folders(path: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints that a run folder holds, by rising step; empty for any other folder."""
+    return [(step, folder) for step, folder in _numbered(path / "checkpoints") if (folder / STATE).is_file()]
+
+
 # --- folders that are whole ---
 
 _RESUME = "earlier checkpoints are whole; free some space and go on with --resume"

@@ -1,42 +1,67 @@
-"""The claims of reward-augmented DPO in the sandbox, table by table; no confirming run was made yet.
+"""The claims of reward-augmented DPO in the sandbox, table by table.
 
-    python scripts/study_seed.py top                  # one table: trains what it needs, some minutes an arm and seed
+    python scripts/study_seed.py top                  # one table: trains what it needs
+    python scripts/study_seed.py top --workers 2      # two arms at a time, a thread each
     python scripts/study_seed.py top --seeds 1 2      # fewer seeds
     python scripts/study_seed.py --tune top           # the rates that were tried for its arms
     python scripts/study_seed.py --list
 
-Arms and seeds are fixed in scripts/study/arms.py. What was measured is kept in --out and not measured twice; an
-interrupted study goes on. Means over seeds, ± their standard deviation.
+Arms, rates and seeds are fixed in scripts/study/arms.py. What was measured is kept in --out and not measured twice;
+an interrupted study goes on. docs/study.md has the tables, their run times, and what they say.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # started as a script, from anywhere
 
-from study.arms import RATES, SEEDS, TABLES, TUNING_SEED, Arm  # noqa: E402 - found by the line above
-from study.measuring import base_figures, measured  # noqa: E402 - found by the line above
+from study.arms import SEEDS, TABLES, TUNING_SEED, Arm  # noqa: E402 - found by the line above
+from study.measuring import arms, measured, write_worlds  # noqa: E402 - found by the line above
 
-COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
-    ("no goal", lambda one: one["asked"]["means"]["none"]),
-    ("goal 2", lambda one: one["asked"]["means"].get("2")),
-    ("goal 6", lambda one: one["asked"]["means"].get("6")),
-    ("goal 10", lambda one: one["asked"]["means"].get("10")),
-    ("Spearman", lambda one: one["asked"]["spearman"]),
-    ("sensitivity, nats", lambda one: one["log_probs"]["sensitivity"]),
-    ("good losers: own goal", lambda one: one["log_probs"]["good_rejected"]["own"]),
-    ("top goal", lambda one: one["log_probs"]["good_rejected"]["top"]),
-    ("no goal ", lambda one: one["log_probs"]["good_rejected"]["none"]),
-)
-"""Heading, and where a figure stands in an arm's."""
+from mlxpref.evaluate.statistics import mean_interval  # noqa: E402 - found by the line above
+
+Figures = dict[str, Any]
+Job = tuple[Arm, int, float | None]
+"""An arm, a seed, and a rate to try or None."""
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+ASKED: dict[str, Callable[[Figures], float | None]] = {
+    "no goal": lambda one: _mean(one, "none"),
+    "goal 2": lambda one: _mean(one, "2"),
+    "goal 6": lambda one: _mean(one, "6"),
+    "goal 10": lambda one: _mean(one, "10"),
+    "Spearman": lambda one: one["asked"]["spearman"],
+    "sensitivity": lambda one: _log_prob(one, "sensitivity"),
+    "losers: own goal": lambda one: _log_prob(one, "good_rejected", "own"),
+    "top goal": lambda one: _log_prob(one, "good_rejected", "top"),
+    "none": lambda one: _log_prob(one, "good_rejected", "none"),
+}
+"""Columns of the sandbox's tables: heading, and where a figure stands in an arm's."""
+
+PREFERRED: dict[str, Callable[[Figures], float | None]] = {
+    "right: no goal": lambda one: _log_prob(one, "accuracy", "unconditioned"),
+    "top goal": lambda one: _log_prob(one, "accuracy", "top"),
+    "chosen's goal": lambda one: _log_prob(one, "accuracy", "chosen"),
+    "rejected's goal": lambda one: _log_prob(one, "accuracy", "rejected"),
+    "sensitivity": lambda one: _log_prob(one, "sensitivity"),
+    "losers: own goal": lambda one: _log_prob(one, "good_rejected", "own"),
+    "top goal ": lambda one: _log_prob(one, "good_rejected", "top"),
+    "none": lambda one: _log_prob(one, "good_rejected", "none"),
+}
+"""Columns of tables that nothing is written for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,57 +69,131 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("tables", nargs="*", choices=[[], *TABLES], metavar="TABLE", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--out", type=Path, default=Path("study"), help="where runs and figures are kept")
-    parser.add_argument("--tune", action="store_true", help="instead: every rate, on the requests for tuning")
+    parser.add_argument("--workers", type=int, default=1, help="arms trained at a time")
+    parser.add_argument("--tune", action="store_true", help="instead: try the rates, on requests for tuning")
     parser.add_argument("--list", action="store_true", help="the tables and their arms")
     options = parser.parse_args(arguments)
     if options.list or not options.tables:
         for name, table in TABLES.items():
             print(f"{name}: {table.title}\n    {', '.join(arm.name for arm in table.arms)}")
         return 0
+    out = options.out.resolve()
     for name in options.tables:
         print(f"\n### {TABLES[name].title}\n", flush=True)
         if options.tune:
-            _tune(TABLES[name].arms, options.out)
-        elif name == "attributes":
-            _attributes(TABLES[name].arms[0], options.seeds, options.out)
+            _tune(TABLES[name].arms, out, options.workers)
         else:
-            _table(TABLES[name].arms, options.seeds, options.out)
+            _table(name, options.seeds, out, options.workers)
     return 0
 
 
-def _table(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> None:
-    headings = [heading for heading, _ in COLUMNS]
-    print(f"| arm | {' | '.join(headings)} | s a seed |\n|{'---|' * (len(headings) + 2)}", flush=True)
-    base = [base_figures(out, seed)["asked"]["means"]["none"] for seed in seeds]
-    print(f"| base | {_spread(base)} |{' |' * len(headings)}", flush=True)
-    for arm in arms:
-        found = [measured(arm, seed, out) for seed in seeds]
-        cells = [_spread([figure(one) for one in found]) for _, figure in COLUMNS]
-        print(f"| {arm.name} | {' | '.join(cells)} | {fmean(one['seconds']['all'] for one in found):.0f} |", flush=True)
+# --- measuring ---
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def _all_measured(jobs: Sequence[Job], out: Path, workers: int) -> list[Figures]:
+    """In the order of the jobs; judges are trained before those who wait for them."""
+    judges = [(arms()[arm.judge], seed, rate) for arm, seed, rate in jobs if arm.judge]
+    for name in THREADS if workers > 1 else ():
+        os.environ.setdefault(name, "1")
+    write_worlds([arm for arm, _, _ in jobs], out)
+    found: list[Figures] = []
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for wave in (judges, jobs):
+            asked, found = [(*job, out) for job in wave], []
+            for job, one in zip(asked, pool.map(_measured, asked), strict=True):
+                print(f"{job[0].name}, seed {job[1]}: {one['seconds']['all']:.0f} s", file=sys.stderr, flush=True)
+                found.append(one)
+    return found
+
+
+def _measured(job: tuple[Arm, int, float | None, Path]) -> Figures:
+    arm, seed, rate, out = job
+    return measured(arm, seed, out, rate=rate)
+
+
+def _mean(figures: Figures, goal: str) -> float | None:
+    scores = figures["asked"]["scores"].get(goal)
+    return None if scores is None else fmean(scores)
+
+
+def _log_prob(figures: Figures, *path: str) -> float | None:
+    found: Any = figures.get("log_probs")
+    for name in path:
+        found = None if found is None else found.get(name)
+    return found
+
+
+# --- tables ---
+
+
+def _table(name: str, seeds: Sequence[int], out: Path, workers: int) -> None:
+    table = TABLES[name].arms
+    rivals = [arms()[arm.rival] for arm in table if arm.rival and arm.rival not in [one.name for one in table]]
+    asked = [*table, *rivals]
+    jobs: list[Job] = [(arm, seed, None) for arm in asked for seed in seeds]
+    found = iter(_all_measured(jobs, out, workers))
+    by_arm = {arm.name: [next(found) for _ in seeds] for arm in asked}
+    if name == "attributes":
+        _print_attributes(by_arm[table[0].name])
+        return
+    columns = PREFERRED if name == "text" else ASKED
+    rows = ["| arm |", *(f" {heading} |" for heading in columns), " less its rival |", " s a seed |"]
+    print("".join(rows) + "\n|" + "---|" * (len(columns) + 3))
+    for arm in table:
+        mine = by_arm[arm.name]
+        cells = [_spread([figure(one) for one in mine]) for figure in columns.values()]
+        rival = _difference(mine, arm.best, by_arm[arm.rival], arms()[arm.rival].best) if arm.rival else "–"
+        seconds = fmean(one["seconds"]["all"] for one in mine)
+        print(f"| {arm.name} | {' | '.join(cells)} | {rival} | {seconds:.0f} |")
+
+
+def _spread(values: Iterable[float | None]) -> str:
+    """Mean ± standard deviation over seeds."""
     known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
+    if not known:
         return "–"
     return f"{fmean(known):.2f} ± {stdev(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
 
 
-def _tune(arms: Sequence[Arm], out: Path) -> None:
-    print("| arm | rate | top goal, or none |\n|---|---|---|", flush=True)
-    for arm in arms:
-        for rate in sorted({arm.rate, *RATES}):
-            goals = arm.goals[-1:]
-            found = measured(replace(arm, rate=rate, goals=goals), TUNING_SEED, out, tuning=True)["asked"]["means"]
-            print(f"| {arm.name} | {rate:g} | {found[f'{goals[0]:g}' if goals else 'none']:.2f} |", flush=True)
+def _difference(mine: Sequence[Figures], goal: str, other: Sequence[Figures], its_goal: str) -> str:
+    """Mean ± standard deviation over seeds, and 95 % over requests, the same that both were asked."""
+    scores = np.array([one["asked"]["scores"][goal] for one in mine])
+    less = scores - np.array([one["asked"]["scores"][its_goal] for one in other])
+    interval = mean_interval(less.mean(0), range(less.shape[1]))
+    assert interval is not None
+    return f"{_spread(less.mean(1).tolist())} ({interval[0]:+.2f} to {interval[1]:+.2f})"
 
 
-def _attributes(arm: Arm, seeds: Sequence[int], out: Path) -> None:
-    found = [measured(arm, seed, out)["attributes"] for seed in seeds]
+def _tune(table: Sequence[Arm], out: Path, workers: int) -> None:
+    """Three rates each; while the best is the lowest or highest of them, the next one on that side, too."""
+    tried: dict[str, dict[float, float]] = {arm.name: {} for arm in table if len(arm.rates) > 1 and arm.steps}
+    jobs: list[Job] = [(arm, TUNING_SEED, rate) for arm in table if arm.name in tried for rate in arm.rates]
+    while jobs:
+        for (arm, _, _), one in zip(jobs, _all_measured(jobs, out, workers), strict=True):
+            tried[arm.name][one["rate"]] = fmean(one["asked"]["scores"][arm.best])
+        known = [(arm, _beyond(tried[arm.name])) for arm in table if arm.name in tried]
+        jobs = [(arm, TUNING_SEED, rate) for arm, rate in known if rate is not None]
+    print("| arm | rate: score at its best goal | best rate |\n|---|---|---|")
+    for name, scores in tried.items():
+        said = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in sorted(scores.items()))
+        print(f"| {name} | {said} | {_best(scores):g} |", flush=True)
+
+
+def _best(scores: dict[float, float]) -> float:
+    return max(scores, key=lambda rate: scores[rate])
+
+
+def _beyond(scores: dict[float, float]) -> float | None:
+    """The rate that follows on the side where the best one stands at the edge; None where it does not."""
+    best, steps = _best(scores), {min(scores): 1 / 3, max(scores): 3.0}
+    return float(f"{best * steps[best]:.0e}") if best in steps else None
+
+
+def _print_attributes(found: Sequence[Figures]) -> None:
     print("| varied | goal | content | form |\n|---|---|---|---|")
-    for varied in found[0]:
-        for goal in found[0][varied]:
-            cells = [_spread([one[varied][goal][name] for one in found]) for name in ("content", "form")]
+    for varied, by_goal in found[0]["attributes"].items():
+        for goal in by_goal:
+            cells = [_spread(one["attributes"][varied][goal][name] for one in found) for name in ("content", "form")]
             print(f"| {varied} | {goal} | {' | '.join(cells)} |")
 
 

@@ -150,6 +150,10 @@ def goal(value: float | None, mean: float, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stage(step: int, mean: float, nats: float | None, less_end: Any = None) -> dict[str, Any]:
+    return {"step": step, "mean": mean, "interval": None, "nats": nats, "less_end": less_end}
+
+
 def control(**changes: Any) -> dict[str, Any]:
     text = "one two three four five six seven eight nine ten"
     return {
@@ -170,6 +174,10 @@ def control(**changes: Any) -> dict[str, Any]:
         ({"per_goal": [goal(10, 8.0, words=50.0), goal(1, 2.0)]}, "length-drift"),
         ({"per_goal": [goal(10, 8.0), goal(1, 2.0, words=50.0)]}, None),
         ({"per_goal": [goal(1, 2.0), goal(10, 8.0, distinct=0.1)]}, "same-response"),
+        ({"checkpoints": [stage(50, 7.0, 2.0, [-2, -1]), stage(100, 8.0, 9.0)]}, None),
+        ({"checkpoints": [stage(50, 8.1, 2.0, [-0.2, 0.4]), stage(100, 8.0, 9.0)]}, None),
+        ({"checkpoints": [stage(50, 9.0, 2.0, [0.2, 1.8]), stage(100, 8.0, 9.0)]}, "over-optimised"),
+        ({"per_goal": [goal(None, 3.0)], "spearman": None}, "worse-than-base"),
         ({"samples": [{"index": 0, "goal": 10, "text": "so it was " * 9, "score": 8}]}, "repetition"),
     ],
 )
@@ -177,6 +185,19 @@ def test_what_is_written(tmp_path: Path, changes: dict[str, Any], name: str | No
     folder = fake_runs.write_run(tmp_path / "run")
     (folder / "control.json").write_text(json.dumps(control(**changes)))
     assert [one for one, _ in said(folder)] == ([] if name is None else [name])
+
+
+@pytest.mark.parametrize(
+    ("nats", "said_so"),
+    [((2.0, 9.0), "(over-optimisation)"), ((9.0, 2.0), "learning rate"), ((None, 2.0), "learning rate")],
+)
+def test_the_checkpoint_to_use_is_named(tmp_path: Path, nats: tuple[float | None, float], said_so: str) -> None:
+    folder = fake_runs.write_run(tmp_path / "run")
+    stages = [stage(50, 6.0, 1.0, [-3, -1]), stage(100, 9.0, nats[0], [0.2, 1.8]), stage(150, 8.0, nats[1])]
+    (folder / "control.json").write_text(json.dumps(control(checkpoints=stages)))
+    (found,) = diagnose(read_record(folder))
+    assert "9.00 at step 100" in found.evidence and "8.00 at step 150" in found.evidence
+    assert "checkpoints/step-000100" in found.change and said_so in found.what + found.cause
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,10 @@ def with_everything(folder: Path, **options: Any) -> Path:
         "base": {"per_goal": [achieved(None, 5.0)], "samples": [{**sample, "goal": None}]},
         "samples": [{**sample, "goal": 10}], "prompts": [[{"role": "user", "content": NASTY}]],
         "options": {"scorer": "a:b", "attribute": None},
+        "checkpoints": [
+            {"step": step, "mean": mean, "interval": None, "nats": nats, "less_end": None}
+            for step, mean, nats in ((10, 6.0, 2.5), (20, 8.5, 7.5), (30, 7.0, 5.0), (40, 6.5, None))
+        ],
     }  # fmt: skip
     (folder / "control.json").write_text(json.dumps(control))
     change = {"responses": 5, "sum": 1.0, "per_token": 0.1}
@@ -142,6 +146,7 @@ def test_figures_of_one_run(tmp_path: Path) -> None:
     folder = with_everything(tmp_path / "run")
     ran = run("report", folder, "--figures", tmp_path / "figures")
     names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert "checkpoints of steps 10, 30, 20." in page([read_record(folder)]) and "course.png" in names  # by distance
     assert ran.exit_code == 0 and {"control.svg", "calibration.png", "accuracy-by-gap.svg", "scores.png"} <= names
 
 

@@ -316,7 +316,8 @@ def test_one_attribute_is_varied_and_the_others_stay_at_their_top(room: Room, tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--adapter-path", "plain"], "without goals"),
+        (["--adapter-path", "plain", "--goals", "3"], "without goals"),
+        (["--adapter-path", "adapter", "--checkpoints"], "holds 0"),
         (["--adapter-path", "adapter", "--attribute", "truth"], "one score without a name"),
         (["--adapter-path", "adapter", "--goals", "3,3"], "asked for twice"),
         ([], "which policy?"),
@@ -331,6 +332,57 @@ def test_what_cannot_be_asked_for_is_refused(room: Room, tmp_path: Path, argumen
     write_adapter(tmp_path / "plain", None)
     ran = run("control", "prompts.txt", "--scorer", "goal_scores:goal", *arguments)
     assert ran.exit_code == 2 and words in ran.stderr and not room.loads
+
+
+def test_a_policy_without_goals_is_asked_for_nothing(room: Room, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "plain", None)
+    ran = run("control", "prompts.txt", "--adapter-path", "plain", "--scorer", "goal_scores:goal", "--json", "c.json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(Path("c.json").read_text())
+    assert [(one["goal"], one["n"]) for one in found["per_goal"]] == [(None, 3)]
+    assert found["spearman"] is None and found["recipe"] is None and found["checkpoints"] == []
+
+
+def test_each_checkpoint_is_asked_for_its_best(room: Room, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Finds one policy asked for all, a distance of other prompts than were asked, checkpoints out of order."""
+    policies = {}
+    for step in (200, 100, 50):
+        folder = tmp_path / "adapter" / "checkpoints" / f"step-{step:06d}"
+        folder.parent.mkdir(exist_ok=True)
+        write_adapter(folder, Recipe(), tiny_model_dir)
+        (folder / "state.json").write_text("{}")
+        policies[str(folder)] = fakes.FakePolicy(fakes.table(step), fakes.table(2), path=str(tiny_model_dir))
+    fake: Any = room
+    usual = fake.load_adapter
+    fake.load_adapter = lambda path, **options: policies.get(str(path)) or usual(path, **options)
+    scores = {50: 4, 100: 9, 200: 7}
+    answer = fake.generate
+
+    def generate(policy: Any, prompts: Any, **options: Any) -> list[str]:
+        step = next((step for step, one in zip((200, 100, 50), policies.values(), strict=True) if one is policy), None)
+        texts = answer(policy, prompts, **options)
+        return texts if step is None else [f"score: {scores[step]}. {text}" for text in texts]
+
+    fake.generate = generate
+    ran = run(
+        "control", "prompts.txt", "--adapter-path", tmp_path / "adapter", "--scorer", "goal_scores:goal",
+        "--goals", "3", "--checkpoints", "--json", "c.json",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    stages = json.loads(Path("c.json").read_text())["checkpoints"]
+    assert [(one["step"], one["mean"]) for one in stages] == [(50, 4), (100, 9), (200, 7)]
+    assert [one["less_end"] for one in stages] == [[-3, -3], [2, 2], None]
+    words = [Recipe().write((Message("user", line),), 10.0)[0] for line in ("Why?", "What for?", "Since when?")]
+    for stage in stages:
+        own, apart = fakes.table(stage["step"]), []
+        for prompt in words:
+            ids = encode_prompt(prompt, room.tokenizer)
+            text = f"score: {scores[stage['step']]}. adapter read: {room.tokenizer.decode(ids)}"
+            # The response ends with its turn, as in training.
+            response = [*room.tokenizer.encode(text, add_special_tokens=False), room.tokenizer.eos_token_id]
+            apart.append(sum(fakes.by_hand(own, ids, response)) - sum(fakes.by_hand(fakes.table(2), ids, response)))
+        assert stage["nats"] == pytest.approx(sum(apart) / 3, rel=1e-5)
+    assert "asked for their best" in ran.stdout
 
 
 @pytest.mark.parametrize(

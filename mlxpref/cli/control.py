@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -15,22 +17,29 @@ from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
 from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
 from mlxpref.cli.unscored import unscored
+from mlxpref.conversion import as_mlx_folder
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
 from mlxpref.evaluate import Achieved, ControlCurve, control_curve
 from mlxpref.evaluate.control import draw_record
+from mlxpref.evaluate.course import Stage, course, log_ratios
+from mlxpref.evaluate.statistics import units_of
 from mlxpref.files import write_text
-from mlxpref.generate import NO_GOAL, Question, read_questions
+from mlxpref.generate import NO_GOAL, Answer, Question, read_questions
 from mlxpref.records import Goal
 from mlxpref.report.canvas import picture_format
 from mlxpref.rewards.scorer import Scorer, load_scorer, scorer_name
+from mlxpref.runs import checkpoint_folders
 
 EPILOG = """\b
 Example:
   mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:quality
   mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:quality --goals 1,4,7,10 --picture control.png
   mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:honesty --attribute honesty
+  mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:quality --checkpoints
 """
+
+Hear = Callable[[Sequence[Answer]], None]
 
 N_GOALS = 5
 """Goals that are asked for where none are named: over the whole range, at equal distances."""
@@ -61,6 +70,10 @@ N_GOALS = 5
 )  # fmt: skip
 @click.option("--top", type=float, metavar="X", help="Also the share of responses that score this much or more.")
 @click.option("--compare-base", is_flag=True, help="Ask the base, too, without a goal.")
+@click.option(
+    "--checkpoints", is_flag=True,
+    help="Ask each checkpoint of the run, too, for its best: quality against the distance from the base.",
+)  # fmt: skip
 @sampling_options(temperature=0.7)
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve here, .png or .svg.")
 @click.option(
@@ -80,13 +93,10 @@ def command(
         picture_format(options["picture"])
     if options["compare_base"] and adapter_path is None:
         raise UsageError("--compare-base needs --adapter-path: there is no adapter to leave out")
-    if adapter_path is None and model is None:
-        raise UsageError("which policy? Give --adapter-path FOLDER, or --model with --recipe")
     check_sampling(options)
+    folders = _checkpoints(adapter_path) if options["checkpoints"] else []
     questions, scorer = read_questions(prompts), load_scorer(options["scorer"])
     recipe = named_recipe(adapter_path, recipe_path, model=model)
-    if recipe is None:
-        raise UsageError("this policy was trained without goals; --recipe asks with another's")
     goals = _goals(options["goals"], options["attribute"], recipe)
     if options["picture"] is not None and None in goals:
         raise UsageError("--picture draws goals; leave none out of --goals (--compare-base draws the base)")
@@ -96,20 +106,44 @@ def command(
     )  # fmt: skip
     base = None
     with unscored(options["json_file"]) as keep:
-        found = _asked(questions, goals, scorer, opened, options, "responses", keep, adapter=True)
+
+        def hear(answers: Sequence[Answer]) -> None:
+            keep([answer.as_record() for answer in answers])
+
+        found = _asked(questions, goals, scorer, opened, options, "responses", hear, adapter=True)
         if options["compare_base"]:
-            base = _asked(questions, [None], scorer, opened, options, "responses of the base", keep, adapter=False)
-        named = {"revision": revision, "dtype": dtype, "recipe": recipe.as_dict(), "adapter": adapter_path}
+            base = _asked(questions, [None], scorer, opened, options, "responses of the base", hear, adapter=False)
+        stored = None if recipe is None else recipe.as_dict()
+        named: dict[str, Any] = {"revision": revision, "dtype": dtype, "recipe": stored, "adapter": adapter_path}
+        stages = _course(questions, folders, scorer, opened, options, hear, model=model, dtype=dtype)
+        named["checkpoints"] = [stage.as_record() for stage in stages]
         about = {**_record(found, base, prompts, questions, opened, options), **named}
         if options["json_file"] is not None:
             write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     _show(found, base, scorer, options["top"])
+    if stages:
+        _show_course(stages)
     if options["picture"] is not None:
         draw_record(about, options["picture"])
 
 
-def _goals(text: str | None, attribute: str | None, recipe: Recipe) -> list[Goal | None]:
+def _checkpoints(adapter_path: str | None) -> list[tuple[int, Path]]:
+    """Steps and folders of the run's checkpoints, two at least."""
+    found = [] if adapter_path is None else checkpoint_folders(Path(adapter_path))
+    if len(found) < 2:
+        raise UsageError(
+            f"--checkpoints compares a run's, and {adapter_path or 'a model'} holds {len(found)}: "
+            "training.save_every and training.keep_last say how many are kept"
+        )
+    return found
+
+
+def _goals(text: str | None, attribute: str | None, recipe: Recipe | None) -> list[Goal | None]:
     """The goals that are asked for, each a number or, of several attributes, one number for each."""
+    if recipe is None:
+        if text not in (None, NO_GOAL) or attribute is not None:
+            raise UsageError("this policy was trained without goals; --recipe asks with another's")
+        return [None]
     if attribute is not None and attribute not in recipe.attributes:
         named = ", ".join(recipe.attributes) or "one score without a name"
         raise UsageError(f"--attribute {attribute}: the recipe has {named}")
@@ -152,15 +186,53 @@ def _number(text: str) -> float | None:
 
 def _asked(
     questions: Sequence[Question], goals: Sequence[Goal | None], scorer: Scorer, opened: Opened,
-    options: Mapping[str, Any], what: str, keep: Callable[[Any], None], *, adapter: bool,
+    options: Mapping[str, Any], what: str, hear: Hear, *, adapter: bool,
 ) -> ControlCurve:  # fmt: skip
     with console.progress(what, len(questions) * len(goals) * options["samples"]) as at:
         return control_curve(
             questions, goals, scorer, opened.backend, opened.policy, opened.tokenizer, opened.recipe,
             adapter=adapter, n_samples=options["samples"], top=options["top"], **sampling(options),
             on_progress=lambda done, total: at(done),
-            on_answers=lambda answers: keep([answer.as_record() for answer in answers]),
+            on_answers=hear,
         )  # fmt: skip
+
+
+def _course(
+    questions: Sequence[Question], folders: Sequence[tuple[int, Path]], scorer: Scorer, opened: Opened,
+    options: Mapping[str, Any], hear: Hear, *, model: str | None, dtype: str | None,
+) -> list[Stage]:  # fmt: skip
+    """What each checkpoint writes when it is asked for its best, and how far from the base it is."""
+    goal = None if opened.recipe is None else opened.recipe.top_goal
+    found = []
+    for step, folder in folders:
+        path = as_mlx_folder(str(folder), model=model)
+        one = replace(opened, policy=opened.backend.load_adapter(path, model_path=model, dtype=dtype))
+        what, written = f"responses of step {step}", list[Answer]()
+
+        def remember(answers: Sequence[Answer], written: list[Answer] = written) -> None:
+            written += answers
+            hear(answers)
+
+        curve = _asked(questions, [goal], scorer, one, options, what, remember, adapter=True)
+        ratios = log_ratios(written, questions, one.backend, one.policy, one.tokenizer)
+        found.append((step, curve, fmean(ratios) if ratios else None))
+    units = units_of([question.prompt for question in questions])
+    return course(found, units=units, seed=options["seed"]) if found else []
+
+
+def _show_course(stages: Sequence[Stage]) -> None:
+    console.table(
+        ("step", "score", "95 % interval", "nats a response from the base"),
+        [
+            (
+                str(one.step), f"{one.mean:.2f}",
+                None if one.interval is None else "{:.2f} to {:.2f}".format(*one.interval),
+                None if one.nats is None else f"{one.nats:.1f}",
+            )
+            for one in stages
+        ],
+        title="checkpoints, asked for their best",
+    )  # fmt: skip
 
 
 def _show(found: ControlCurve, base: ControlCurve | None, scorer: Scorer, top: float | None) -> None:

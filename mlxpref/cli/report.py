@@ -106,6 +106,7 @@ def _charts(named: Mapping[str, RunRecord]) -> list[tuple[str, Chart]]:
     for name, run in named.items():
         own = [*run_charts.curves(run), *run_charts.data_charts(run), *run_charts.resource_charts(run)]
         own += run_charts.evaluation_charts(run.evaluation) if run.evaluation is not None else []
+        own += run_charts.course_chart(run.control) if run.control is not None else []
         charts += [(_prefix(name, named), chart) for chart in own]
     return charts
 

@@ -176,7 +176,7 @@ class Reader:
 
     def _row(self, example: Conditioned, found: _Fitted) -> Tokenized | Dropped:
         kept = found.kept
-        if all(ids == kept.responses[0] for ids in kept.responses):
+        if len(kept.responses) > 1 and all(ids == kept.responses[0] for ids in kept.responses):
             return Dropped("all responses are the same tokens", example.example_id)
         return Tokenized(
             prompt_ids=np.array(kept.prompt, np.int32),

@@ -86,20 +86,44 @@ def _of_control(found: Mapping[str, Any]) -> Iterator[Finding]:
             "data's scores.",
             "Train longer, relabel with a wider range of goals, or score with what the data were scored with.",
         )  # fmt: skip
+    yield from _of_checkpoints(found.get("checkpoints") or ())
     base = (found.get("base") or {}).get("per_goal")
-    if not per_goal or not base:
+    if base:
+        yield from _against_base(max(per_goal or found["per_goal"], key=_height), base[0], found)
+
+
+def _of_checkpoints(stages: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Where an earlier checkpoint writes better than the last, whatever the loss says."""
+    better = [one for one in stages if one["less_end"] is not None and one["less_end"][0] > 0]
+    if not better:
         return
-    yield from _against_base(max(per_goal, key=_height), base[0], found)
+    best, end = max(better, key=lambda one: float(one["mean"])), stages[-1]
+    known = best["nats"] is not None and end["nats"] is not None
+    further = known and end["nats"] > best["nats"]
+    yield Finding(
+        "over-optimised", "alarm",
+        f"Responses were better after step {best['step']} than they are at the end"
+        f"{' (over-optimisation)' if further else ''}.",
+        "score " + ", then ".join(
+            f"{one['mean']:.2f} at step {one['step']}" + (f", {one['nats']:.1f} nats from the base" if known else "")
+            for one in (best, end)
+        ),
+        "Beyond some distance from the base the loss still falls, and quality with it." if further else
+        "Later steps undid it without going further from the base: the learning rate is too high for them.",
+        f"Use checkpoints/step-{best['step']:06d} as the adapter; a larger beta or fewer training.iters for a new run.",
+    )  # fmt: skip
 
 
 def _against_base(top: Mapping[str, Any], base: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Finding]:
-    """What is written at the top goal beside what the base writes."""
+    """What is written at the top goal, or without goals, beside what the base writes."""
+    asked = "Asked for the top goal, the" if top["goal"] is not None else "The"
+    at_top = "at the top goal" if top["goal"] is not None else "of the policy"
     if top["interval"] and base["interval"] and top["interval"][1] < base["interval"][0]:
         yield Finding(
             "worse-than-base", "alarm",
-            "Asked for the top goal, the policy writes worse than the base.",
+            f"{asked} policy writes worse than the base.",
             f"score {_within(top)} against {_within(base)}",
-            "It was trained too far from the base (over-optimisation), or the goals run the other way.",
+            "It was trained too far from the base (over-optimisation), or the scores run the other way.",
             "Use an earlier checkpoint, a larger beta, or fewer training.iters.",
         )  # fmt: skip
     longer = top["words"] / max(base["words"], 1e-9)
@@ -107,7 +131,7 @@ def _against_base(top: Mapping[str, Any], base: Mapping[str, Any], found: Mappin
         yield Finding(
             "length-drift", "warning",
             f"Responses have become {'longer' if longer > 1 else 'shorter'}.",
-            f"{top['words']:.0f} words at the top goal, {base['words']:.0f} of the base",
+            f"{top['words']:.0f} words {at_top}, {base['words']:.0f} of the base",
             "Length goes with the scores in the data, so it is learnt in quality's place.",
             "Compare at equal length (`mlxpref winrate`); relabel.length_penalty takes length out of the scores.",
         )  # fmt: skip
@@ -115,7 +139,7 @@ def _against_base(top: Mapping[str, Any], base: Mapping[str, Any], found: Mappin
         yield Finding(
             "same-response", "alarm",
             "The policy says the same to many prompts.",
-            f"{top['distinct']:.0%} of its responses at the top goal differ, {base['distinct']:.0%} of the base's",
+            f"{top['distinct']:.0%} of the responses {at_top} differ, {base['distinct']:.0%} of the base's",
             "It was trained too far from the base.",
             "Use an earlier checkpoint, a larger beta, or a lower optimizer.learning_rate.",
         )  # fmt: skip
@@ -138,8 +162,8 @@ def _within(one: Mapping[str, Any]) -> str:
 
 
 def _height(one: Mapping[str, Any]) -> float:
-    """How high a goal is; of several attributes their sum."""
-    goal = one["goal"]
+    """How high a goal is; of several attributes their sum; 0 of none."""
+    goal = one["goal"] or 0.0
     return float(sum(goal.values())) if isinstance(goal, Mapping) else float(goal)
 
 

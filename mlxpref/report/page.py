@@ -72,6 +72,7 @@ def _run(name: str, run: RunRecord, picture: str | None, *, alone: bool) -> Iter
     yield "<h3>Learning curves</h3>" + _charts(run_charts.curves(run))
     if run.control is not None:
         yield "<h3>Asked for more, does it give more?</h3>" + _control(run.control, picture)
+        yield from map(_figure, run_charts.course_chart(run.control))
     if run.evaluation is not None:
         yield "<h3>What it prefers</h3>" + _charts(run_charts.evaluation_charts(run.evaluation))
     yield "<h3>Data</h3>" + _data(run)

@@ -125,6 +125,20 @@ def _calibration(views: Mapping[str, Any]) -> Iterator[Chart]:
         )  # fmt: skip
 
 
+def course_chart(found: Mapping[str, Any]) -> Iterator[Chart]:
+    """What ``mlxpref control --checkpoints`` found: quality against the distance from the base."""
+    stages = [one for one in found.get("checkpoints") or () if one["nats"] is not None]
+    if len(stages) > 1:
+        stages.sort(key=lambda one: float(one["nats"]))
+        x, y = (np.array([one[key] for one in stages], np.float64) for key in ("nats", "mean"))
+        steps = ", ".join(str(one["step"]) for one in stages)
+        yield Chart(
+            "course", "Quality by distance from the base, checkpoint by checkpoint", "nats a response", "score",
+            (Line("score", x, y, marked=True),),
+            note=f"From left to right the checkpoints of steps {steps}. Where it falls, an earlier one is better.",
+        )  # fmt: skip
+
+
 def _or_nan(value: float | None) -> float:
     """Where nothing was measured nothing is drawn."""
     return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""What is trained, and which arms make which table. Arms and seeds are fixed here, before a confirming run."""
+"""What is trained, and which arms make which table. Arms, rates and seeds are fixed here, before a confirming run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ BATCH = 8
 """Rows of an update."""
 
 PLAIN: Any = {"name": "dpo", "beta": 0.1}
-STEADY: Any = [{"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}, {"name": "sft", "weight": 1.0}]
+LIKELIHOOD: Any = {"name": "sft", "weight": 1.0}
+STEADY: Any = [{**PLAIN, "label_smoothing": 0.1}, LIKELIHOOD]
 """DPO that keeps small models whole: smoothed labels, and the likelihood of the preferred response."""
 
-RATES = (1e-3, 3e-3, 1e-2)
-"""Tried for every arm that a table compares, on ``TUNING_SEED`` and the first half of the requests."""
+FAST = (1e-3, 3e-3, 1e-2)
+SLOW = (1e-4, 3e-4, 1e-3)
+"""Rates that are tried for every tuned arm, three each; the lower ones for losses that fall apart at the others."""
+
+CHOSEN: dict[str, float] = {}
+"""The best rate of each arm, by ``--tune``: one seed, other requests than those of the tables."""
+
+TEXT_STEPS = 120
+TEXT_RATE = 1e-3
+LONG = {"tokenization.max_length": 512}
+"""Of runs on real text: all that these models can read."""
 
 TUNING_SEED = 11
 SEEDS = (1, 2, 3)
-"""Of the confirming runs, which look at the second half of the requests."""
+"""Of the confirming runs."""
 
 
 @dataclass(frozen=True)
@@ -31,34 +41,71 @@ class Arm:
         world: of ``worlds.WORLDS``.
         relabel: options of the section relabel; None trains without goals.
         objective: as a configuration has it.
-        rate: learning rate; those of the quickstart until they are tuned.
-        steps: updates.
+        steps: updates; 0 is the base itself.
         settings: further keys of the configuration.
         goals: what it is asked for, beside nothing; () of an arm without goals.
+        rates: tried for it; () takes the rate of the arm that ``like`` names.
+        like: another arm's name.
+        rival: the arm whose score is taken off this one's; "" compares with none.
+        judge: name of the arm whose implicit rewards take the place of the scores.
+        model: "sandbox", or a folder in ``$MLXPREF_ASSETS/models``.
     """
 
     name: str
     world: str = "clear"
     relabel: Mapping[str, Any] | None = None
     objective: Any = field(default_factory=lambda: STEADY)
-    rate: float = 3e-3
     steps: int = STEPS
     settings: Mapping[str, Any] = field(default_factory=dict)
     goals: tuple[float, ...] = ()
+    rates: tuple[float, ...] = FAST
+    like: str = ""
+    rival: str = ""
+    judge: str = ""
+    model: str = "sandbox"
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the tables: the chosen one, or the middle of those to try."""
+        name = self.like or self.name
+        return CHOSEN.get(name, self.rates[len(self.rates) // 2] if self.rates else FAST[1])
+
+    @property
+    def best(self) -> str:
+        """What it is asked for to do its best: its highest goal, or nothing."""
+        return f"{self.goals[-1]:g}" if self.goals else "none"
 
 
 GOALS = {"mapping": "identity", "goal_range": [1, 10], "min_gap": 0}
+RANKED = {**GOALS, "mapping": "quantile", "number_format": 0}
+"""Goals from scores of any scale, by rank."""
+
 ENDS = (2.0, 6.0, 10.0)
 ALL = tuple(map(float, range(1, 11)))
 
-DPO = Arm("dpo", objective=PLAIN, rate=3e-4)
+BASE = Arm("base", steps=0)
+DPO = Arm("dpo", objective=PLAIN, rates=SLOW)
 SAME = Arm("dpo-same-loss")
-RA = Arm("ra", relabel=GOALS, goals=ALL)
+RA = Arm("ra", relabel=GOALS, goals=ALL, rival="dpo-same-loss")
+RA_LIKE = replace(RA, rates=(), like="ra", rival="ra")
 
 
 def both(world: str) -> tuple[Arm, Arm]:
     """DPO with the same loss, and RA-DPO, in a world."""
-    return replace(SAME, name=f"same-{world}", world=world), replace(RA, name=f"ra-{world}", world=world, goals=ENDS)
+    same = replace(SAME, name=f"same-{world}", world=world)
+    return same, replace(RA, name=f"ra-{world}", world=world, goals=ENDS, rival=same.name)
+
+
+def sft(world: str) -> Arm:
+    """Goals and the likelihood of the preferred response alone: no preference is learnt."""
+    rival = f"ra-{world}"
+    return replace(RA, name=f"sft-goals-{world}", world=world, goals=ENDS, objective={"name": "sft"}, rival=rival)
+
+
+def text(model: str) -> tuple[Arm, Arm]:
+    """Both arms on a model of children's stories and UltraFeedback; their rate is not tuned."""
+    dpo = Arm(f"dpo-{model}", world="ultrafeedback", model=model, steps=TEXT_STEPS, rates=(TEXT_RATE,), settings=LONG)
+    return dpo, replace(dpo, name=f"ra-{model}", relabel=GOALS)
 
 
 @dataclass(frozen=True)
@@ -69,48 +116,67 @@ class Table:
     arms: tuple[Arm, ...]
 
 
+CONDITIONS = ("near", "sparse", "noisy-2", "noisy-4", "conflict", "own")
+
 TABLES: dict[str, Table] = {
     "top": Table(
         "Is the top goal of RA-DPO better than DPO, also than DPO on twice the data or with twice the steps?",
         (
-            DPO, SAME, replace(SAME, name="dpo-twice-data", world="twice"),
-            replace(SAME, name="dpo-twice-steps", steps=2 * STEPS), RA,
-            replace(RA, name="half-chosen", relabel={**GOALS, "halves": "chosen"}),
-            replace(RA, name="half-rejected", relabel={**GOALS, "halves": "rejected"}),
+            BASE,
+            replace(DPO, rival="dpo-same-loss"),
+            SAME,
+            replace(SAME, name="dpo-twice-data", world="twice", rival="dpo-same-loss"),
+            replace(SAME, name="dpo-twice-steps", steps=2 * STEPS, rival="dpo-same-loss"),
+            RA,
+            replace(RA, name="ra-twice-steps", steps=2 * STEPS, goals=ENDS, rival="dpo-twice-steps"),
+            replace(RA, name="half-prompts", world="half", goals=ENDS),
+            replace(RA, name="half-chosen", relabel={**GOALS, "halves": "chosen"}, rates=(), like="ra"),
+            replace(RA, name="half-rejected", relabel={**GOALS, "halves": "rejected"}, rates=(), like="ra"),
+            replace(RA, name="implicit", judge="dpo", relabel=RANKED, rates=(), like="ra"),
         ),
     ),
     "conditions": Table(
-        "The same where judges err, qualities conflict, good responses are rare, or both are the base's own",
-        tuple(arm for world in ("noisy-2", "noisy-4", "conflict", "sparse", "own") for arm in both(world)),
+        "The same where scores are near, good ones rare, judges err, qualities conflict, or responses are the base's",
+        tuple(arm for world in CONDITIONS for arm in (*both(world), *([sft(world)] if world == "near" else []))),
     ),
     "loss": Table(
         "Label smoothing, the likelihood term, and other objectives on relabelled pairs",
         (
-            RA,
-            replace(RA, name="ra-bare", objective=PLAIN, rate=3e-4, goals=ENDS),
-            replace(RA, name="ra-smoothed", objective={**PLAIN, "label_smoothing": 0.1}, rate=3e-4, goals=ENDS),
-            replace(RA, name="ra-likelihood", objective=[PLAIN, STEADY[1]], goals=ENDS),
-            replace(RA, name="ra-ipo", objective=[{"name": "ipo", "beta": 0.1}, STEADY[1]], goals=ENDS),
-            replace(RA, name="ra-orpo", objective={"name": "orpo", "beta": 0.5}, goals=ENDS),
+            replace(RA, rival=""),
+            *(
+                replace(RA, name=f"ra-{name}", objective=objective, rates=rates, goals=ENDS, rival="ra")
+                for name, objective, rates in (
+                    ("bare", PLAIN, SLOW),
+                    ("smoothed", {**PLAIN, "label_smoothing": 0.1}, SLOW),
+                    ("likelihood", [PLAIN, LIKELIHOOD], FAST),
+                    ("ipo", [{"name": "ipo", "beta": 0.1}, LIKELIHOOD], FAST),
+                    ("orpo", {"name": "orpo", "beta": 0.5}, FAST),
+                    ("sft", {"name": "sft"}, FAST),
+                )
+            ),
         ),
     ),
     "pairs": Table(
         "Ties kept, halves of a pair apart, and goals that training never stated",
         (
-            RA,
-            replace(RA, name="odd-goals", world="odd"),
-            replace(RA, name="ties-dropped", world="ties", goals=ENDS),
-            replace(RA, name="ties-kept", world="ties", relabel={**GOALS, "ties": "keep"}, goals=ENDS),
-            replace(RA, name="halves-apart", settings={"batching.keep_together": False}, goals=ENDS),
+            replace(RA, rival=""),
+            replace(RA_LIKE, name="odd-goals", world="odd"),
+            replace(RA_LIKE, name="ties-dropped", world="ties", goals=ENDS),
+            replace(RA_LIKE, name="ties-kept", world="ties", relabel={**GOALS, "ties": "keep"}, goals=ENDS),
+            replace(RA_LIKE, name="halves-apart", settings={"batching.keep_together": False}, goals=ENDS),
         ),
     ),
     "attributes": Table(
         "Two goals at once: content and form, 0 to 5 each",
         (
             replace(
-                RA, name="two-goals", goals=(),
+                RA_LIKE, name="two-goals", goals=(),
                 relabel={"attributes": ["content", "form"], "goal_range": [0, 5], "min_gap": 2},
             ),
         ),
+    ),
+    "text": Table(
+        "UltraFeedback, and two models that know children's stories alone: what is preferred, not what is written",
+        (*text("tinystories-656k"), *text("stories260K")),
     ),
 }  # fmt: skip

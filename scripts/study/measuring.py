@@ -6,11 +6,15 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mlxpref import backends, sandbox
+from mlxpref.columns import Wanted, add_columns
 from mlxpref.config_layers import load_config
 from mlxpref.data.recipe import Recipe
 from mlxpref.data.sources import SourceSpec, open_source, read_source
@@ -23,55 +27,94 @@ from mlxpref.records import Scored
 from mlxpref.reference import ReferenceStore
 from mlxpref.runs import CONFIG, RunFolder
 from mlxpref.sandbox import gold
-from mlxpref.sandbox.quickstart import HIGH
+from mlxpref.sandbox.examples import pairs
 from mlxpref.train import train
-from study.arms import BATCH, Arm
-from study.worlds import write_world
+from study.arms import BATCH, TABLES, Arm
+from study.worlds import assets, read_text_pairs, write_world
 
-TEMPERATURE, MAX_TOKENS, TOGETHER, MAX_LENGTH = 0.7, 128, 200, 256
-REQUESTS, JUDGED = 200, 120
+TEMPERATURE, MAX_TOKENS, TOGETHER = 0.7, 128, 200
+MAX_LENGTH = 256
+"""Of the sandbox's rows."""
+
+REQUESTS, TUNING_REQUESTS = 400, 200
+JUDGED, LOSERS = 200, 200
+"""Held-out pairs whose log-probs are read: any, and such whose rejected response is a good one."""
+
+HIGH, TEXT_HIGH = 6.0, 8.0
+"""A response of at least this score is a good one: in the sandbox, in UltraFeedback."""
 
 
-def measured(arm: Arm, seed: int, folder: Path, *, tuning: bool = False) -> dict[str, Any]:
-    """Figures of an arm on one seed.
+def arms() -> dict[str, Arm]:
+    """Every arm of every table, by name."""
+    return {arm.name: arm for table in TABLES.values() for arm in table.arms}
+
+
+def write_worlds(of: Sequence[Arm], folder: Path) -> None:
+    """All data that these arms need, but for what their judges say."""
+    for world in dict.fromkeys(arm.world for arm in of):
+        write_world(world, folder / "worlds", base=_base_writes)
+
+
+def measured(arm: Arm, seed: int, folder: Path, *, rate: float | None = None) -> dict[str, Any]:
+    """Figures of an arm on one seed; taken from the study's folder where they are there already.
 
     Args:
-        folder: of the study; what is there already is taken from it.
-        tuning: ask the first half of the requests, on which settings are chosen, not the second.
+        rate: one to try: ask other requests than those of the tables, for the best there is alone.
     """
-    place = folder / "arms" / f"{arm.name}-rate-{arm.rate:g}-seed-{seed}{'-tuning' if tuning else ''}"
-    key = hashlib.sha256(json.dumps([asdict(arm), seed, tuning, versions()], sort_keys=True).encode()).hexdigest()
-    file = place.with_suffix(".json")
-    if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["key"] == key:
+    tuning = rate is not None
+    rate = arm.rate if rate is None else rate
+    place = folder / "arms" / f"{arm.name}-rate-{rate:g}-seed-{seed}{'-tuning' if tuning else ''}"
+    data = _data(arm, seed, folder)
+    facts = {name: value for name, value in asdict(arm).items() if name not in ("rates", "like", "rival")}
+    content = hashlib.sha256(data.read_bytes()).hexdigest()
+    key = hashlib.sha256(json.dumps([facts, rate, seed, tuning, content, versions()], sort_keys=True).encode())
+    file = place.with_name(f"{place.name}.json")
+    if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["key"] == key.hexdigest():
         return dict(found)
-    data = write_world(arm.world, folder / "worlds", base=_base_writes)
     began = time.perf_counter()
-    last = RunFolder(place).last_checkpoint()
-    if last is None or last.step < arm.steps:
-        done = train(_config(arm, data, place, folder, seed), resume=(place / CONFIG).is_file())
-        if done.interrupted is not None:
-            raise KeyboardInterrupt
+    _train(arm, data, place, folder, seed, rate)
     trained = time.perf_counter() - began
-    figures = {"key": key, "arm": arm.name, "seed": seed, "commit": commit()}
+    figures = {"key": key.hexdigest(), "arm": arm.name, "rate": rate, "seed": seed, "commit": commit()}
     figures |= _figures(arm, place, folder, seed, tuning)
     figures["seconds"] = {"train": trained, "all": time.perf_counter() - began}
-    write_text(file, json.dumps(figures, indent=1) + "\n")
+    write_text(file, json.dumps(figures) + "\n")
     return figures
 
 
-def base_figures(folder: Path, seed: int) -> dict[str, Any]:
-    """Of the base, asked for nothing."""
-    room = backends.get()
-    policy = room.load_policy(str(sandbox.MODEL), trainable=False)
-    return {"asked": _asked(room, policy, None, (), seed, _requests(tuning=False))}
+# --- data and training ---
 
 
-def _config(arm: Arm, data: Path, place: Path, folder: Path, seed: int) -> Any:
+def _data(arm: Arm, seed: int, folder: Path) -> Path:
+    world = write_world(arm.world, folder / "worlds", base=_base_writes)
+    if not arm.judge:
+        return world
+    judge = arms()[arm.judge]
+    measured(judge, seed, folder)
+    adapter = folder / "arms" / f"{judge.name}-rate-{judge.rate:g}-seed-{seed}"
+    scored = folder / "worlds" / f"{arm.world}-by-{judge.name}-seed-{seed}"
+    if not scored.is_dir():
+        wanted = Wanted(add=("implicit_reward",), adapters=(str(adapter),))
+        add_columns(SourceSpec(path=str(world)), scored, wanted, max_length=MAX_LENGTH, file_format="jsonl")
+    (file,) = scored.glob("*.jsonl")
+    return file
+
+
+def _train(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: float) -> None:
+    last = RunFolder(place).last_checkpoint()
+    if arm.steps == 0 or (last is not None and last.step >= arm.steps):
+        return
+    done = train(_config(arm, data, place, folder, seed, rate), resume=(place / CONFIG).is_file())
+    if done.interrupted is not None:
+        raise KeyboardInterrupt
+
+
+def _config(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: float) -> Any:
     settings: dict[str, Any] = {
-        "model.path": str(sandbox.MODEL), "data.source": str(data), "data.strict": True,
-        "tokenization.max_length": MAX_LENGTH, "batching.batch_size": BATCH, "batching.keep_together": True,
-        "adapter.num_layers": -1, "adapter.lora_parameters": {"rank": 16, "scale": 2.0}, "objective": arm.objective,
-        "reference.store": str(folder / "reference"), "optimizer.learning_rate": arm.rate,
+        "model.path": _model(arm), "data.source": str(data), "batching.batch_size": BATCH,
+        "data.score": "implicit_reward" if arm.judge else None, "batching.keep_together": True,
+        "tokenization.max_length": MAX_LENGTH, "adapter.num_layers": -1,
+        "adapter.lora_parameters": {"rank": 16, "scale": 2.0}, "objective": arm.objective,
+        "reference.store": str(folder / "reference"), "optimizer.learning_rate": rate,
         "optimizer.schedule": {"name": "cosine", "warmup_ratio": 0.05}, "training.iters": arm.steps,
         "training.save_every": arm.steps, "training.keep_last": 1, "training.seed": seed,
         "training.steps_per_report": arm.steps, "output.adapter_path": str(place),
@@ -81,37 +124,55 @@ def _config(arm: Arm, data: Path, place: Path, folder: Path, seed: int) -> Any:
     return load_config(None, list({**settings, **arm.settings}.items()))
 
 
+def _model(arm: Arm) -> str:
+    return str(sandbox.MODEL if arm.model == "sandbox" else assets() / "models" / arm.model)
+
+
+# --- figures ---
+
+
 def _figures(arm: Arm, place: Path, folder: Path, seed: int, tuning: bool) -> dict[str, Any]:
     room = backends.get()
-    with room.set_memory_policy():
-        policy = room.load_adapter(str(place))
-        recipe = adapter_recipe(place)
+    with room.set_memory_policy() if arm.steps else nullcontext():
+        policy = room.load_adapter(str(place)) if arm.steps else room.load_policy(_model(arm), trainable=False)
+        recipe = adapter_recipe(place) if arm.steps else None
+        if tuning:
+            return {"asked": _asked(room, policy, recipe, arm.goals[-1:], seed, _requests("valid", TUNING_REQUESTS))}
         if recipe is not None and recipe.attributes:
             return {"attributes": _attributes(room, policy, recipe, seed)}
-        asked = _asked(room, policy, recipe, arm.goals, seed, _requests(tuning=tuning))
-        if tuning:
-            return {"asked": asked}
-        return {"asked": asked, "log_probs": _log_probs(room, policy, recipe, folder)}
+        figures: dict[str, Any] = {}
+        if arm.model == "sandbox":
+            figures["asked"] = _asked(room, policy, recipe, arm.goals, seed, _requests("test", REQUESTS))
+        if arm.steps:
+            figures["log_probs"] = _log_probs(arm, room, policy, recipe, folder)
+        return figures
 
 
 def _asked(
     room: Any, policy: Any, recipe: Recipe | None, goals: Sequence[float], seed: int, requests: Sequence[str]
 ) -> dict[str, Any]:
-    """Mean gold score asked for nothing and for each goal; rank correlation over single responses."""
+    """Gold scores, request by request, asked for nothing and for each goal; rank correlation of single responses."""
     curve = control_curve(
         [text_question(text) for text in requests], (None, *goals), gold.score, room, policy,
         load_tokenizer(str(sandbox.MODEL)), recipe, temperature=TEMPERATURE, max_tokens=MAX_TOKENS,
         batch_size=TOGETHER, seed=seed, top=9.0,
     )  # fmt: skip
-    means = {"none" if one.goal is None else f"{one.goal:g}": one.mean for one in curve.per_goal}
-    shares = {"none" if one.goal is None else f"{one.goal:g}": one.top_share for one in curve.per_goal}
-    return {"means": means, "top_share": shares, "spearman": curve.spearman}
+    found: dict[str, Any] = {"scores": {}, "spearman": curve.spearman}
+    for name in ("top_share", "distinct", "words"):
+        found[name] = {_name(one.goal): getattr(one, name) for one in curve.per_goal}
+    for sample in sorted(curve.samples, key=lambda one: one.index):
+        found["scores"].setdefault(_name(sample.goal), []).append(sample.score)
+    return found
+
+
+def _name(goal: Any) -> str:
+    return "none" if goal is None else f"{goal:g}"
 
 
 def _attributes(room: Any, policy: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Mean content and form by the goal of each, the other at 5."""
     found: dict[str, Any] = {}
-    tokenizer, requests = load_tokenizer(str(sandbox.MODEL)), _requests(tuning=False)
+    tokenizer, requests = load_tokenizer(str(sandbox.MODEL)), _requests("test", REQUESTS)
     for varied in recipe.attributes:
         goals = [{**dict.fromkeys(recipe.attributes, 5.0), varied: float(value)} for value in range(6)]
         asked = ask_all([text_question(text) for text in requests], goals, recipe, tokenizer)
@@ -123,38 +184,58 @@ def _attributes(room: Any, policy: Any, recipe: Recipe, seed: int) -> dict[str, 
             at = gold.gold(requests[answer.asked.index], answer.text)
             by_goal.setdefault(answer.asked.goal[varied], []).append(at)
         found[varied] = {
-            f"{goal:g}": {name: sum(getattr(one, name) for one in of) / len(of) for name in ("content", "form")}
+            f"{goal:g}": {name: fmean(getattr(one, name) for one in of) for name in ("content", "form")}
             for goal, of in by_goal.items()
         }
     return found
 
 
-def _log_probs(room: Any, policy: Any, recipe: Recipe | None, folder: Path) -> dict[str, Any]:
-    """Goal sensitivity, and by what is asked how much likelier good responses became that lost their pair."""
-    store, tokenizer = ReferenceStore(folder / "reference", policy.fingerprint), load_tokenizer(str(sandbox.MODEL))
+def _log_probs(arm: Arm, room: Any, policy: Any, recipe: Recipe | None, folder: Path) -> dict[str, Any]:
+    """What is preferred, goal by goal, and how much likelier good responses became that lost their pair."""
+    store, tokenizer = ReferenceStore(folder / "reference", policy.fingerprint), load_tokenizer(_model(arm))
+    real = arm.model != "sandbox"
+    high, limit = (TEXT_HIGH, arm.settings["tokenization.max_length"]) if real else (HIGH, MAX_LENGTH)
 
-    def views(examples: list[Scored]) -> dict[str, Any]:
-        return evaluate(examples, room, policy, tokenizer, recipe=recipe, store=store, max_length=MAX_LENGTH,
-                        high_score=HIGH).metrics  # fmt: skip
+    def look(examples: Sequence[Scored]) -> dict[str, Any]:
+        return evaluate(examples, room, policy, tokenizer, recipe=recipe, store=store, max_length=limit,
+                        high_score=high).metrics  # fmt: skip
 
-    pairs = _test()
-    good = [one for one in pairs if one.scores is not None and HIGH <= min(one.scores) < max(one.scores)]
-    changes = {name: view["change"]["high_score_rejected"]["sum"] for name, view in views(good)["views"].items()}
-    own = "rejected" if recipe is not None else "unconditioned"
+    held_out, losers = _held_out(folder, "ultrafeedback" if real else "sandbox", high)
+    found, of_losers = look(held_out), look(losers)["views"]
+    changes = {name: view["change"]["high_score_rejected"]["sum"] for name, view in of_losers.items()}
     return {
-        "sensitivity": views(pairs[len(pairs) // 2 :][:JUDGED])["goal_sensitivity"]["mean"],
-        "good_rejected": {"own": changes[own], "top": changes.get("top"), "none": changes["unconditioned"]},
+        "sensitivity": found["goal_sensitivity"]["mean"],
+        "accuracy": {name: view["accuracy"] for name, view in found["views"].items()},
+        "good_rejected": {
+            "own": changes["rejected" if recipe is not None else "unconditioned"],
+            "top": changes.get("top"),
+            "none": changes["unconditioned"],
+        },
     }
 
 
-def _test() -> list[Scored]:
-    return list(read_source(open_source(SourceSpec(path=str(sandbox.TEST))), strict=True)[0])
+# --- what is asked about ---
 
 
-def _requests(*, tuning: bool) -> list[str]:
-    pairs = _test()
-    half = pairs[: len(pairs) // 2] if tuning else pairs[len(pairs) // 2 :]
-    return [one.prompt[0].content for one in half[:REQUESTS]]
+@cache
+def _drawn(split: Any, n: int, seed: int) -> list[dict[str, Any]]:
+    return pairs(n, split, seed=seed)
+
+
+def _requests(split: str, n: int) -> list[str]:
+    """Of the sandbox's world, drawn for this study alone."""
+    return [row["prompt"] for row in _drawn(split, n, 2026)]
+
+
+def _held_out(folder: Path, kind: str, high: float) -> tuple[list[Scored], list[Scored]]:
+    """Any pairs whose scores differ, and those among them whose rejected response is a good one."""
+    file = folder / "worlds" / f"held-out-{kind}.jsonl"
+    if not file.is_file():
+        rows = read_text_pairs("eval") if kind == "ultrafeedback" else _drawn("test", 3000, 2027)
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    found = read_source(open_source(SourceSpec(path=str(file))), strict=True)[0]
+    apart = [one for one in found if one.scores is not None and min(one.scores) < max(one.scores)]
+    return apart[:JUDGED], [one for one in apart if one.scores is not None and high <= min(one.scores)][:LOSERS]
 
 
 def _base_writes(prompts: list[str]) -> list[str]:

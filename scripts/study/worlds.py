@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -49,6 +50,11 @@ def _first(rows: Iterator[Row], n: int = N_PAIRS) -> list[Row]:
 def _clear(rng: random.Random, base: Any, *, n: int = N_PAIRS, gap: int = GAP) -> list[Row]:
     """The judge sees the gold score."""
     return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] >= gap), n)
+
+
+def _near(rng: random.Random, base: Any) -> list[Row]:
+    """Scores are a point apart: good responses lose to slightly better ones, poor ones win over slightly poorer."""
+    return _first(row for row in _drawn() if row["score_chosen"] - row["score_rejected"] == 1)
 
 
 def _odd(rng: random.Random, base: Any) -> list[Row]:
@@ -99,7 +105,8 @@ def _conflict(rng: random.Random, base: Any) -> list[Row]:
 
 def _sparse(rng: random.Random, base: Any) -> list[Row]:
     """Good responses are rare: one pair in fifty has one of 8 points or more, all others have 6 at most."""
-    good, poor = [], []
+    good: list[Row] = []
+    poor: list[Row] = []
     for row in _drawn():
         if row["score_chosen"] - row["score_rejected"] < 2:
             continue
@@ -125,9 +132,32 @@ def _own(rng: random.Random, base: Any) -> list[Row]:
     return _first(iter(found))
 
 
+def _ultrafeedback(rng: random.Random, base: Any) -> list[Row]:
+    """Real pairs whose scores are a point apart at least."""
+    return [row for row in read_text_pairs("train") if row["score_chosen"] - row["score_rejected"] >= 1]
+
+
+def read_text_pairs(split: str) -> list[Row]:
+    """UltraFeedback's pairs with two different responses, from ``$MLXPREF_ASSETS/data/ultrafeedback``."""
+    lines = (assets() / "data" / "ultrafeedback" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    whole = (row for row in rows if row["chosen"].strip() and row["rejected"].strip())
+    return [row for row in whole if row["chosen"] != row["rejected"]]
+
+
+def assets() -> Path:
+    """Where real models and data lie."""
+    folder = os.environ.get("MLXPREF_ASSETS")
+    if not folder:
+        raise SystemExit("real text needs MLXPREF_ASSETS: a folder with models/ and data/ultrafeedback/")
+    return Path(folder)
+
+
 WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
     "clear": _clear,
     "twice": partial(_clear, n=2 * N_PAIRS),
+    "half": partial(_clear, n=N_PAIRS // 2),
+    "near": _near,
     "odd": _odd,
     "ties": _ties,
     "noisy-2": partial(_noisy, deviation=2.0),
@@ -135,5 +165,6 @@ WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
     "conflict": _conflict,
     "sparse": _sparse,
     "own": _own,
+    "ultrafeedback": _ultrafeedback,
 }
 """By name; its docstring says what it is."""
