@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # started as a script, from anywhere
 
 from study.arms import SEEDS, TABLES, TUNING_SEED, Arm  # noqa: E402 - found by the line above
-from study.measuring import arms, measured, write_worlds  # noqa: E402 - found by the line above
+from study.measuring import arms, measured, prepare  # noqa: E402 - found by the line above
 
 from mlxpref.evaluate.statistics import mean_interval  # noqa: E402 - found by the line above
 
@@ -95,7 +95,7 @@ def _all_measured(jobs: Sequence[Job], out: Path, workers: int) -> list[Figures]
     judges = [(arms()[arm.judge], seed, rate) for arm, seed, rate in jobs if arm.judge]
     for name in THREADS if workers > 1 else ():
         os.environ.setdefault(name, "1")
-    write_worlds([arm for arm, _, _ in jobs], out)
+    prepare([arm for arm, _, _ in jobs], out)
     found: list[Figures] = []
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for wave in (judges, jobs):

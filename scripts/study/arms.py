@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from study.worlds import LONGER
+
 STEPS = 350
 BATCH = 8
 """Rows of an update."""
@@ -48,7 +50,8 @@ class Arm:
         like: another arm's name.
         rival: the arm whose score is taken off this one's; "" compares with none.
         judge: name of the arm whose implicit rewards take the place of the scores.
-        model: "sandbox", or a folder in ``$MLXPREF_ASSETS/models``.
+        model: "sandbox"; "strong", the same after DPO with the same loss (seed 0), fused; or a folder in
+            ``$MLXPREF_ASSETS/models``.
     """
 
     name: str
@@ -90,10 +93,23 @@ RA = Arm("ra", relabel=GOALS, goals=ALL, rival="dpo-same-loss")
 RA_LIKE = replace(RA, rates=(), like="ra", rival="ra")
 
 
-def both(world: str) -> tuple[Arm, Arm]:
-    """DPO with the same loss, and RA-DPO, in a world."""
-    same = replace(SAME, name=f"same-{world}", world=world)
-    return same, replace(RA, name=f"ra-{world}", world=world, goals=ENDS, rival=same.name)
+def both(world: str, *, strong: bool = False) -> tuple[Arm, Arm]:
+    """DPO with the same loss, and RA-DPO, in a world; ``strong``: from a model that writes well already."""
+    name, model = (f"{world}-strong", "strong") if strong else (world, "sandbox")
+    same = replace(SAME, name=f"same-{name}", world=world, model=model)
+    ra = replace(RA, name=f"ra-{name}", world=world, model=model, goals=ENDS, rival=same.name)
+    return untuned(same, ra) if strong else (same, ra)
+
+
+def untuned(same: Arm, ra: Arm) -> tuple[Arm, Arm]:
+    """Both at the rates that were best for them in the clear world."""
+    return replace(same, rates=(), like=SAME.name), replace(ra, rates=(), like=RA.name)
+
+
+def long(world: str) -> tuple[Arm, Arm]:
+    """Both with four times the pairs and updates."""
+    same, ra = both(f"{world}-long")
+    return untuned(replace(same, steps=LONGER * STEPS), replace(ra, steps=LONGER * STEPS))
 
 
 def sft(world: str) -> Arm:
@@ -116,7 +132,7 @@ class Table:
     arms: tuple[Arm, ...]
 
 
-CONDITIONS = ("near", "sparse", "noisy-2", "noisy-4", "conflict", "own")
+CONDITIONS = ("natural", "near", "sparse", "noisy-2", "noisy-4", "conflict", "own")
 
 TABLES: dict[str, Table] = {
     "top": Table(
@@ -136,8 +152,16 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "conditions": Table(
-        "The same where scores are near, good ones rare, judges err, qualities conflict, or responses are the base's",
-        tuple(arm for world in CONDITIONS for arm in (*both(world), *([sft(world)] if world == "near" else []))),
+        "And where scores are as they are drawn, or near, good ones rare, judges err, qualities conflict, responses "
+        "are the base's own, or the model writes better than most of the data?",
+        (
+            *(arm for world in CONDITIONS for arm in both(world)),
+            sft("near"),
+            *long("near"),
+            replace(BASE, name="base-strong", model="strong"),
+            *both("clear", strong=True),
+            *both("near", strong=True),
+        ),
     ),
     "loss": Table(
         "Label smoothing, the likelihood term, and other objectives on relabelled pairs",

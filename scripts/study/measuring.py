@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -29,7 +31,7 @@ from mlxpref.runs import CONFIG, RunFolder
 from mlxpref.sandbox import gold
 from mlxpref.sandbox.examples import pairs
 from mlxpref.train import train
-from study.arms import BATCH, TABLES, Arm
+from study.arms import BATCH, SAME, TABLES, Arm
 from study.worlds import assets, read_text_pairs, write_world
 
 TEMPERATURE, MAX_TOKENS, TOGETHER = 0.7, 128, 200
@@ -49,10 +51,22 @@ def arms() -> dict[str, Arm]:
     return {arm.name: arm for table in TABLES.values() for arm in table.arms}
 
 
-def write_worlds(of: Sequence[Arm], folder: Path) -> None:
-    """All data that these arms need, but for what their judges say."""
+def prepare(of: Sequence[Arm], folder: Path) -> None:
+    """Write all data and models that these arms share."""
     for world in dict.fromkeys(arm.world for arm in of):
         write_world(world, folder / "worlds", base=_base_writes)
+    strong = _strong(folder)
+    if any(arm.model == "strong" for arm in of) and not strong.is_dir():
+        measured(SAME, 0, folder)
+        adapter = folder / "arms" / f"{SAME.name}-rate-{SAME.rate:g}-seed-0"
+        aside = strong.with_name(f"{strong.name}.part")
+        asked = ("--model", sandbox.MODEL, "--adapter-path", adapter, "--save-path", aside)
+        subprocess.run([sys.executable, "-m", "mlx_lm", "fuse", *map(str, asked)], check=True, stdout=sys.stderr)
+        aside.rename(strong)
+
+
+def _strong(folder: Path) -> Path:
+    return folder / "models" / f"strong-rate-{SAME.rate:g}"
 
 
 def measured(arm: Arm, seed: int, folder: Path, *, rate: float | None = None) -> dict[str, Any]:
@@ -67,6 +81,8 @@ def measured(arm: Arm, seed: int, folder: Path, *, rate: float | None = None) ->
     data = _data(arm, seed, folder)
     facts = {name: value for name, value in asdict(arm).items() if name not in ("rates", "like", "rival")}
     content = hashlib.sha256(data.read_bytes()).hexdigest()
+    if arm.model == "strong":
+        facts["model"] = _strong(folder).name
     key = hashlib.sha256(json.dumps([facts, rate, seed, tuning, content, versions()], sort_keys=True).encode())
     file = place.with_name(f"{place.name}.json")
     if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["key"] == key.hexdigest():
@@ -110,7 +126,7 @@ def _train(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: flo
 
 def _config(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: float) -> Any:
     settings: dict[str, Any] = {
-        "model.path": _model(arm), "data.source": str(data), "batching.batch_size": BATCH,
+        "model.path": _model(arm, folder), "data.source": str(data), "batching.batch_size": BATCH,
         "data.score": "implicit_reward" if arm.judge else None, "batching.keep_together": True,
         "tokenization.max_length": MAX_LENGTH, "adapter.num_layers": -1,
         "adapter.lora_parameters": {"rank": 16, "scale": 2.0}, "objective": arm.objective,
@@ -124,7 +140,9 @@ def _config(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: fl
     return load_config(None, list({**settings, **arm.settings}.items()))
 
 
-def _model(arm: Arm) -> str:
+def _model(arm: Arm, folder: Path) -> str:
+    if arm.model == "strong":
+        return str(_strong(folder))
     return str(sandbox.MODEL if arm.model == "sandbox" else assets() / "models" / arm.model)
 
 
@@ -134,14 +152,14 @@ def _model(arm: Arm) -> str:
 def _figures(arm: Arm, place: Path, folder: Path, seed: int, tuning: bool) -> dict[str, Any]:
     room = backends.get()
     with room.set_memory_policy() if arm.steps else nullcontext():
-        policy = room.load_adapter(str(place)) if arm.steps else room.load_policy(_model(arm), trainable=False)
+        policy = room.load_adapter(str(place)) if arm.steps else room.load_policy(_model(arm, folder), trainable=False)
         recipe = adapter_recipe(place) if arm.steps else None
         if tuning:
             return {"asked": _asked(room, policy, recipe, arm.goals[-1:], seed, _requests("valid", TUNING_REQUESTS))}
         if recipe is not None and recipe.attributes:
             return {"attributes": _attributes(room, policy, recipe, seed)}
         figures: dict[str, Any] = {}
-        if arm.model == "sandbox":
+        if arm.world != "ultrafeedback":
             figures["asked"] = _asked(room, policy, recipe, arm.goals, seed, _requests("test", REQUESTS))
         if arm.steps:
             figures["log_probs"] = _log_probs(arm, room, policy, recipe, folder)
@@ -192,8 +210,8 @@ def _attributes(room: Any, policy: Any, recipe: Recipe, seed: int) -> dict[str, 
 
 def _log_probs(arm: Arm, room: Any, policy: Any, recipe: Recipe | None, folder: Path) -> dict[str, Any]:
     """What is preferred, goal by goal, and how much likelier good responses became that lost their pair."""
-    store, tokenizer = ReferenceStore(folder / "reference", policy.fingerprint), load_tokenizer(_model(arm))
-    real = arm.model != "sandbox"
+    store, tokenizer = ReferenceStore(folder / "reference", policy.fingerprint), load_tokenizer(_model(arm, folder))
+    real = arm.world == "ultrafeedback"
     high, limit = (TEXT_HIGH, arm.settings["tokenization.max_length"]) if real else (HIGH, MAX_LENGTH)
 
     def look(examples: Sequence[Scored]) -> dict[str, Any]:

@@ -16,6 +16,12 @@ from mlxpref.sandbox.examples import Row, pairs
 N_PAIRS = 1400
 """Of a world, as in the quickstart."""
 
+RARE = 0.02
+"""Share of the pairs with a good response, where those are rare."""
+
+LONGER = 4
+"""Times as many pairs, and updates, of a long run."""
+
 GAP = 3
 """Points that the two scores are apart at least, as a judge sees them."""
 
@@ -40,21 +46,28 @@ def _drawn() -> Iterator[Row]:
     yield from pairs(DRAWN, "train", seed=77)
 
 
-def _first(rows: Iterator[Row], n: int = N_PAIRS) -> list[Row]:
+def _first(rows: Iterator[Row], times: float = 1.0) -> list[Row]:
+    """So many times ``N_PAIRS`` of them."""
+    n = round(times * N_PAIRS)
     kept = [row for _, row in zip(range(n), rows, strict=False)]
     if len(kept) < n:
         raise SystemExit(f"{len(kept)} pairs, {n} are needed: raise DRAWN")
     return kept
 
 
-def _clear(rng: random.Random, base: Any, *, n: int = N_PAIRS, gap: int = GAP) -> list[Row]:
+def _clear(rng: random.Random, base: Any, *, times: float = 1.0) -> list[Row]:
     """The judge sees the gold score."""
-    return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] >= gap), n)
+    return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] >= GAP), times)
 
 
-def _near(rng: random.Random, base: Any) -> list[Row]:
+def _near(rng: random.Random, base: Any, *, times: float = 1.0) -> list[Row]:
     """Scores are a point apart: good responses lose to slightly better ones, poor ones win over slightly poorer."""
-    return _first(row for row in _drawn() if row["score_chosen"] - row["score_rejected"] == 1)
+    return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] == 1), times)
+
+
+def _natural(rng: random.Random, base: Any) -> list[Row]:
+    """Pairs as they are drawn, ties left out: scores are 2.6 points apart on average."""
+    return _first(row for row in _drawn() if row["score_chosen"] > row["score_rejected"])
 
 
 def _odd(rng: random.Random, base: Any) -> list[Row]:
@@ -66,7 +79,7 @@ def _odd(rng: random.Random, base: Any) -> list[Row]:
 def _ties(rng: random.Random, base: Any) -> list[Row]:
     """As many pairs again, their scores equal."""
     equal = (row for row in _drawn() if row["score_chosen"] == row["score_rejected"])
-    rows = _clear(rng, base) + _first(equal, N_PAIRS // 2)
+    rows = _clear(rng, base) + _first(equal, 0.5)
     rng.shuffle(rows)
     return rows
 
@@ -104,14 +117,14 @@ def _conflict(rng: random.Random, base: Any) -> list[Row]:
 
 
 def _sparse(rng: random.Random, base: Any) -> list[Row]:
-    """Good responses are rare: one pair in fifty has one of 8 points or more, all others have 6 at most."""
+    """Few pairs have a response of 8 points or more, all others have 6 at most; two points apart at least."""
     good: list[Row] = []
     poor: list[Row] = []
     for row in _drawn():
         if row["score_chosen"] - row["score_rejected"] < 2:
             continue
         (good if row["score_chosen"] >= 8 else poor if row["score_chosen"] <= 6 else []).append(row)
-    rows = _first(iter(poor), N_PAIRS - N_PAIRS // 50) + _first(iter(good), N_PAIRS // 50)
+    rows = _first(iter(poor), 1 - RARE) + _first(iter(good), RARE)
     rng.shuffle(rows)
     return rows
 
@@ -155,9 +168,11 @@ def assets() -> Path:
 
 WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
     "clear": _clear,
-    "twice": partial(_clear, n=2 * N_PAIRS),
-    "half": partial(_clear, n=N_PAIRS // 2),
+    "twice": partial(_clear, times=2),
+    "half": partial(_clear, times=0.5),
+    "natural": _natural,
     "near": _near,
+    "near-long": partial(_near, times=LONGER),
     "odd": _odd,
     "ties": _ties,
     "noisy-2": partial(_noisy, deviation=2.0),
