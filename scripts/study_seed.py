@@ -27,7 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # started as a script, from anywhere
 
-from study.arms import SEEDS, TABLES, TUNING_SEED, Arm  # noqa: E402 - found by the line above
+from study.arms import SEEDS, TABLES, Arm, Table  # noqa: E402 - found by the line above
 from study.measuring import arms, measured, prepare  # noqa: E402 - found by the line above
 
 from mlxpref.evaluate.statistics import mean_interval  # noqa: E402 - found by the line above
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.tables:
         print(f"\n### {TABLES[name].title}\n", flush=True)
         if options.tune:
-            _tune(TABLES[name].arms, out, options.workers)
+            _tune(TABLES[name], out, options.workers)
         else:
             _table(name, options.seeds, out, options.workers)
     return 0
@@ -164,19 +164,23 @@ def _difference(mine: Sequence[Figures], goal: str, other: Sequence[Figures], it
     return f"{_spread(less.mean(1).tolist())} ({interval[0]:+.2f} to {interval[1]:+.2f})"
 
 
-def _tune(table: Sequence[Arm], out: Path, workers: int) -> None:
+def _tune(table: Table, out: Path, workers: int) -> None:
     """Three rates each; while the best is the lowest or highest of them, the next one on that side, too."""
-    tried: dict[str, dict[float, float]] = {arm.name: {} for arm in table if len(arm.rates) > 1 and arm.steps}
-    jobs: list[Job] = [(arm, TUNING_SEED, rate) for arm in table if arm.name in tried for rate in arm.rates]
-    while jobs:
-        for (arm, _, _), one in zip(jobs, _all_measured(jobs, out, workers), strict=True):
-            tried[arm.name][one["rate"]] = fmean(one["asked"]["scores"][arm.best])
-        known = [(arm, _beyond(tried[arm.name])) for arm in table if arm.name in tried]
-        jobs = [(arm, TUNING_SEED, rate) for arm, rate in known if rate is not None]
+    arms_of = {arm.name: arm for arm in table.arms if len(arm.rates) > 1 and arm.steps}
+    tried: dict[str, dict[float, float]] = {name: {} for name in arms_of}
+    wanted = [(name, rate) for name, arm in arms_of.items() for rate in arm.rates]
+    while wanted:
+        jobs: list[Job] = [(arms_of[name], seed, rate) for name, rate in wanted for seed in table.tuning_seeds]
+        found = iter(_all_measured(jobs, out, workers))
+        for name, rate in wanted:
+            scores = [next(found)["asked"]["scores"][arms_of[name].best] for _ in table.tuning_seeds]
+            tried[name][rate] = fmean(map(fmean, scores))
+        beyond = [(name, _beyond(by_rate)) for name, by_rate in tried.items()]
+        wanted = [(name, rate) for name, rate in beyond if rate is not None]
     print("| arm | rate: score at its best goal | best rate |\n|---|---|---|")
-    for name, scores in tried.items():
-        said = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in sorted(scores.items()))
-        print(f"| {name} | {said} | {_best(scores):g} |", flush=True)
+    for name, by_rate in tried.items():
+        said = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in sorted(by_rate.items()))
+        print(f"| {name} | {said} | {_best(by_rate):g} |", flush=True)
 
 
 def _best(scores: dict[float, float]) -> float:

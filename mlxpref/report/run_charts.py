@@ -132,9 +132,10 @@ def course_chart(found: Mapping[str, Any]) -> Iterator[Chart]:
         stages.sort(key=lambda one: float(one["nats"]))
         x, y = (np.array([one[key] for one in stages], np.float64) for key in ("nats", "mean"))
         steps = ", ".join(str(one["step"]) for one in stages)
+        base = (found.get("base") or {}).get("per_goal")
         yield Chart(
-            "course", "Quality by distance from the base, checkpoint by checkpoint", "nats a response", "score",
-            (Line("score", x, y, marked=True),),
+            "course", "Quality by distance from the base", "nats a response", "score",
+            (Line("checkpoints", x, y, marked=True),), level=(base[0]["mean"], "the base") if base else None,
             note=f"From left to right the checkpoints of steps {steps}. Where it falls, an earlier one is better.",
         )  # fmt: skip
 

@@ -126,10 +126,11 @@ def text(model: str) -> tuple[Arm, Arm]:
 
 @dataclass(frozen=True)
 class Table:
-    """A question, and the arms that answer it."""
+    """A question, the arms that answer it, and the seeds their rates are chosen on."""
 
     title: str
     arms: tuple[Arm, ...]
+    tuning_seeds: tuple[int, ...] = (11,)
 
 
 CONDITIONS = ("natural", "near", "sparse", "noisy-2", "noisy-4", "conflict", "own")
@@ -146,10 +147,11 @@ TABLES: dict[str, Table] = {
             RA,
             replace(RA, name="ra-twice-steps", steps=2 * STEPS, goals=ENDS, rival="dpo-twice-steps"),
             replace(RA, name="half-prompts", world="half", goals=ENDS),
-            replace(RA, name="half-chosen", relabel={**GOALS, "halves": "chosen"}, rates=(), like="ra"),
-            replace(RA, name="half-rejected", relabel={**GOALS, "halves": "rejected"}, rates=(), like="ra"),
+            replace(RA, name="half-chosen", relabel={**GOALS, "halves": "chosen"}, rates=(), like="ra", goals=ENDS),
+            replace(RA, name="half-rejected", relabel={**GOALS, "halves": "rejected"}, rates=(), like="ra", goals=ENDS),
             replace(RA, name="implicit", judge="dpo", relabel=RANKED, rates=(), like="ra"),
         ),
+        tuning_seeds=(11, 12),
     ),
     "conditions": Table(
         "And where scores are as they are drawn, or near, good ones rare, judges err, qualities conflict, responses "
@@ -166,6 +168,7 @@ TABLES: dict[str, Table] = {
     "loss": Table(
         "Label smoothing, the likelihood term, and other objectives on relabelled pairs",
         (
+            replace(SAME, name="dpo-likelihood", objective=[PLAIN, LIKELIHOOD], rival="dpo-same-loss"),
             replace(RA, rival=""),
             *(
                 replace(RA, name=f"ra-{name}", objective=objective, rates=rates, goals=ENDS, rival="ra")
