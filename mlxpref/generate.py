@@ -115,6 +115,7 @@ def generate(
     batch_size: int = 8,
     adapter: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
+    on_answers: Callable[[Sequence[Answer]], None] | None = None,
 ) -> list[Answer]:
     """One answer to each, in the order given.
 
@@ -125,6 +126,8 @@ def generate(
         seed: of the sampling. The same seed and batch size give the same texts.
         batch_size: prompts computed together.
         adapter: False asks the reference.
+        on_progress: called with (answers there, answers wanted).
+        on_answers: called with the answers of each batch as it is done.
 
     Raises:
         UsageError: a number out of its range.
@@ -149,7 +152,10 @@ def generate(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p,
             seed=seed + start, adapter=adapter,
         )  # fmt: skip
-        answers += [Answer(one, text, adapter) for one, text in zip(together, texts, strict=True)]
+        found = [Answer(one, text, adapter) for one, text in zip(together, texts, strict=True)]
+        answers += found
+        if on_answers is not None:
+            on_answers(found)
         if on_progress is not None:
             on_progress(len(answers), len(asked))
     return answers

@@ -110,7 +110,7 @@ def test_the_command_asks_at_a_goal(room: Room, tmp_path: Path) -> None:  # noqa
         assert ran.exit_code == 0, ran.output
         (row,) = json.loads(Path("ours.json").read_text())
         assert wanted in row["output"] and row["instruction"] == "Why?" and row["generator"] == "ours"
-    assert "perhaps cut" not in ran.stderr and not list(tmp_path.glob("*.unscored.json"))
+    assert "perhaps cut" not in ran.stderr and not list(tmp_path.glob("*.unfinished.json"))
     asked = ("outputs", "alpaca-eval", questions, "--adapter-path", "adapter", "--out", "s.json")
     assert "1 answer of 3 tokens or more" in run(*asked, "--max-tokens", "3").stderr
     idle = run(*asked, "--top-p", "0.5")

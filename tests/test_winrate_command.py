@@ -202,9 +202,9 @@ def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path
     (tmp_path / "failing.py").write_text("def score(prompts, responses):\n    return [float('nan')] * len(responses)\n")
     ran = run("winrate", "adapter@9", "adapter@2", *BY_GOAL[:3], "failing:score", "--json", "w.json")
     assert ran.exit_code != 0
-    sides = json.loads(Path("w.unscored.json").read_text())
-    assert [len(side["responses"]) for side in sides] == [3, 3] and "score: 9." in sides[0]["responses"][0][0]
-    assert "w.unscored.json" in ran.stderr and not Path("w.json").exists()
+    rows = json.loads(Path("w.unfinished.json").read_text())
+    assert [row["index"] for row in rows] == [0, 1, 2] * 2 and [row["goal"] for row in rows] == [9] * 3 + [2] * 3
+    assert "w.unfinished.json" in ran.stderr and not Path("w.json").exists()
     asked = ("control", "prompts.txt", "--adapter-path", "adapter", "--compare-base", "--json", "c.json", "--scorer")
     Path("c.json").write_text("an earlier measurement")
     (tmp_path / "late.py").write_text(
@@ -212,12 +212,49 @@ def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path
     )
     ran = run(*asked, "late:score")
     assert ran.exit_code != 0 and Path("c.json").read_text() == "an earlier measurement"
-    assert [len(lot) for lot in json.loads(Path("c.unscored.json").read_text())] == [15, 3]
+    rows = json.loads(Path("c.unfinished.json").read_text())
+    assert [row["adapter"] for row in rows] == [True] * 15 + [False] * 3
     again = run(*asked, "goal_scores:goal")
     assert again.exit_code == 2 and "move it away first" in again.stderr
-    assert len(json.loads(Path("c.unscored.json").read_text())) == 2  # a retry that fails takes nothing with it
-    Path("c.unscored.json").unlink()
-    assert run(*asked, "goal_scores:goal").exit_code == 0 and not Path("c.unscored.json").exists()
+    assert len(json.loads(Path("c.unfinished.json").read_text())) == 18  # a retry that fails takes nothing with it
+    Path("c.unfinished.json").unlink()
+    assert run(*asked, "goal_scores:goal").exit_code == 0 and not Path("c.unfinished.json").exists()
+
+
+@pytest.mark.parametrize("command", ["winrate", "control", "generate"])
+def test_an_interrupt_while_sampling_loses_no_batch(room: Room, command: str) -> None:
+    """Finds answers that are kept only once all are there."""
+    usual, fake = room.generate, room
+    rest = {
+        "winrate": ["adapter@9", "adapter@2", *BY_GOAL, "--json", "x.json"],
+        "control": ["prompts.txt", "--adapter-path", "adapter", *BY_GOAL[2:], "--goals", "3", "--json", "x.json"],
+        "generate": ["--file", "prompts.txt", "--adapter-path", "adapter", "--json", "x.json"],
+    }[command]
+
+    def generate(*arguments: Any, **options: Any) -> list[str]:
+        if len(room.calls) == 2:
+            raise KeyboardInterrupt
+        return usual(*arguments, **options)
+
+    fake.generate = generate  # type: ignore[method-assign]
+    ran = run(command, *rest, "--batch-size", "1")
+    assert ran.exit_code != 0 and not Path("x.json").exists()
+    rows = json.loads(Path("x.unfinished.json").read_text())
+    assert [row["index"] for row in rows] == [0, 1] and "x.unfinished.json" in ran.stderr
+
+
+def test_answers_are_on_disk_before_all_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finds everything lost with a process that is killed."""
+    from mlxpref.cli.unfinished import EVERY, unfinished
+    from mlxpref.generate import Answer, Asked
+
+    now = [0.0]
+    with unfinished(tmp_path / "x.json", clock=lambda: now[0]) as keep:
+        for step in range(4):
+            keep([Answer(Asked(step, (), None, ()), "so")])
+            now[0] += 0.4 * EVERY
+        assert [row["index"] for row in json.loads((tmp_path / "x.unfinished.json").read_text())] == [0, 1, 2, 3]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_prompt_that_no_judge_can_read_is_refused_before_a_model_loads(room: Room, tiny_model_dir: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from mlxpref import facts
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
 from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
-from mlxpref.cli.unscored import unscored
+from mlxpref.cli.unfinished import Keep, unfinished
 from mlxpref.conversion import as_mlx_folder
 from mlxpref.data.recipe import Recipe, goal_words
 from mlxpref.errors import UsageError
@@ -38,8 +38,6 @@ Example:
   mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:honesty --attribute honesty
   mlxpref control prompts.jsonl --adapter-path adapter --scorer my_scores:quality --checkpoints
 """
-
-Hear = Callable[[Sequence[Answer]], None]
 
 N_GOALS = 5
 """Goals that are asked for where none are named: over the whole range, at equal distances."""
@@ -105,17 +103,13 @@ def command(
         recipe_path=recipe_path, backend=backend,
     )  # fmt: skip
     base = None
-    with unscored(options["json_file"]) as keep:
-
-        def hear(answers: Sequence[Answer]) -> None:
-            keep([answer.as_record() for answer in answers])
-
-        found = _asked(questions, goals, scorer, opened, options, "responses", hear, adapter=True)
+    with unfinished(options["json_file"]) as keep:
+        found = _asked(questions, goals, scorer, opened, options, "responses", keep, adapter=True)
         if options["compare_base"]:
-            base = _asked(questions, [None], scorer, opened, options, "responses of the base", hear, adapter=False)
+            base = _asked(questions, [None], scorer, opened, options, "responses of the base", keep, adapter=False)
         stored = None if recipe is None else recipe.as_dict()
         named: dict[str, Any] = {"revision": revision, "dtype": dtype, "recipe": stored, "adapter": adapter_path}
-        stages = _course(questions, folders, scorer, opened, options, hear, model=model, dtype=dtype)
+        stages = _course(questions, folders, scorer, opened, options, keep, model=model, dtype=dtype)
         named["checkpoints"] = [stage.as_record() for stage in stages]
         about = {**_record(found, base, prompts, questions, opened, options), **named}
         if options["json_file"] is not None:
@@ -186,20 +180,20 @@ def _number(text: str) -> float | None:
 
 def _asked(
     questions: Sequence[Question], goals: Sequence[Goal | None], scorer: Scorer, opened: Opened,
-    options: Mapping[str, Any], what: str, hear: Hear, *, adapter: bool,
+    options: Mapping[str, Any], what: str, keep: Keep, *, adapter: bool,
 ) -> ControlCurve:  # fmt: skip
     with console.progress(what, len(questions) * len(goals) * options["samples"]) as at:
         return control_curve(
             questions, goals, scorer, opened.backend, opened.policy, opened.tokenizer, opened.recipe,
             adapter=adapter, n_samples=options["samples"], top=options["top"], **sampling(options),
             on_progress=lambda done, total: at(done),
-            on_answers=hear,
+            on_answers=keep,
         )  # fmt: skip
 
 
 def _course(
     questions: Sequence[Question], folders: Sequence[tuple[int, Path]], scorer: Scorer, opened: Opened,
-    options: Mapping[str, Any], hear: Hear, *, model: str | None, dtype: str | None,
+    options: Mapping[str, Any], keep: Keep, *, model: str | None, dtype: str | None,
 ) -> list[Stage]:  # fmt: skip
     """What each checkpoint writes when it is asked for its best, and how far from the base it is."""
     goal = None if opened.recipe is None else opened.recipe.top_goal
@@ -211,7 +205,7 @@ def _course(
 
         def remember(answers: Sequence[Answer], written: list[Answer] = written) -> None:
             written += answers
-            hear(answers)
+            keep(answers)
 
         curve = _asked(questions, [goal], scorer, one, options, what, remember, adapter=True)
         ratios = log_ratios(written, questions, one.backend, one.policy, one.tokenizer)

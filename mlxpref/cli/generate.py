@@ -16,6 +16,7 @@ import click
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, open_policy, policy_options
 from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
+from mlxpref.cli.unfinished import Keep, unfinished
 from mlxpref.data.recipe import Recipe, format_number, goal_words
 from mlxpref.data.tokenization import render_prompt
 from mlxpref.errors import UsageError
@@ -92,13 +93,14 @@ def command(
     )  # fmt: skip
     goals = _goals(options["goals"], opened.recipe)
     asked = ask_all(questions, goals, opened.recipe, opened.tokenizer)
-    answers = _answers(asked, opened, options)
+    with unfinished(options["json_file"]) as keep:
+        answers = _answers(asked, opened, options, keep)
+        if options["json_file"] is not None:
+            text = json.dumps([answer.as_record() for answer in answers], indent=2, ensure_ascii=False)
+            write_text(options["json_file"], text + "\n")
     shown = _Shown(opened, questions, options["show_prompt"], len(answers) > 1)
     for _, group in groupby(answers, key=lambda answer: answer.asked.index):
         shown.question(list(group))
-    if options["json_file"] is not None:
-        text = json.dumps([answer.as_record() for answer in answers], indent=2, ensure_ascii=False)
-        write_text(options["json_file"], text + "\n")
 
 
 def _questions(prompt: str | None, file: Path | None, system: str | None) -> list[Question]:
@@ -129,7 +131,7 @@ def _goals(texts: Sequence[str], recipe: Recipe | None) -> list[Goal | None] | N
     return goals or None
 
 
-def _answers(asked: Sequence[Asked], opened: Opened, options: Mapping[str, Any]) -> list[Answer]:
+def _answers(asked: Sequence[Asked], opened: Opened, options: Mapping[str, Any], keep: Keep) -> list[Answer]:
     """The answers, those to one question together; with ``--compare-base`` each followed by the base's."""
     which = [False] if options["no_adapter"] else [True, False] if options["compare_base"] else [True]
     settings = sampling(options)
@@ -141,7 +143,7 @@ def _answers(asked: Sequence[Asked], opened: Opened, options: Mapping[str, Any])
             found.append(
                 generate(
                     asked, opened.backend, opened.policy, adapter=adapter, **settings,
-                    on_progress=None if at is None else _first(at),
+                    on_progress=None if at is None else _first(at), on_answers=keep,
                 )
             )  # fmt: skip
     return [answer for together in zip(*found, strict=True) for answer in together]

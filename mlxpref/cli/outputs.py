@@ -12,7 +12,7 @@ import click
 from mlxpref.cli import console
 from mlxpref.cli.policies import Opened, named_recipe, open_policy, policy_options
 from mlxpref.cli.sampling import check_sampling, sampling, sampling_options
-from mlxpref.cli.unscored import unscored
+from mlxpref.cli.unfinished import Keep, unfinished
 from mlxpref.data.words import counted
 from mlxpref.evaluate.outputs import BENCHMARKS, Writer, answer, read_tasks
 from mlxpref.files import write_text
@@ -52,7 +52,7 @@ def command(
     options["max_tokens"] = options["max_tokens"] or own.max_tokens
     recipe = named_recipe(adapter_path, recipe_path, model=model)
     wanted = None if recipe is None and goal is None else parse_goal(goal or "top", recipe)
-    with unscored(out) as keep:
+    with unfinished(out) as keep:
         opened = open_policy(
             adapter_path=adapter_path, model=model, revision=revision, dtype=dtype, recipe_path=recipe_path,
             backend=backend,
@@ -74,27 +74,23 @@ class _Asking:
 
     def __init__(
         self, opened: Opened, goal: Goal | None, options: dict[str, Any], at: Callable[[int], None],
-        keep: Callable[[Any], None],
+        keep: Keep,
     ):  # fmt: skip
         self._opened, self._goal, self._options, self._at, self._keep = opened, goal, options, at, keep
         self._done = 0
 
     def __call__(self, prompts: Sequence[Prompt], temperature: float) -> list[str]:
-        opened, size = self._opened, self._options["batch_size"]
+        opened, before = self._opened, self._done
         asked = [
             ask(Question(prompt), self._goal, opened.recipe, opened.tokenizer, index=index)
             for index, prompt in enumerate(prompts)
         ]
-        texts: list[str] = []
-        for start in range(0, len(asked), size):
-            settings = {**sampling(self._options), "temperature": temperature}
-            settings["seed"] += start
-            found = generate(asked[start : start + size], opened.backend, opened.policy, **settings)
-            self._keep([one.as_record() for one in found])
-            texts += [one.text for one in found]
-            self._done += len(found)
-            self._at(self._done)
-        return texts
+        found = generate(
+            asked, opened.backend, opened.policy, **{**sampling(self._options), "temperature": temperature},
+            on_progress=lambda done, total: self._at(before + done), on_answers=self._keep,
+        )  # fmt: skip
+        self._done += len(found)
+        return [one.text for one in found]
 
     def count(self, text: str) -> int:
         """Tokens of an answer."""

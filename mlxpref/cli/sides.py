@@ -10,6 +10,7 @@ from typing import Any
 from mlxpref.cli import console
 from mlxpref.cli.policies import named_recipe, open_policy
 from mlxpref.cli.sampling import sampling
+from mlxpref.cli.unfinished import Keep
 from mlxpref.conversion import as_mlx_folder
 from mlxpref.data.recipe import Recipe
 from mlxpref.errors import DataError, UsageError
@@ -99,8 +100,9 @@ def about(side: Side | Policy) -> dict[str, Any]:
     return side.as_record() if isinstance(side, Policy) else {"name": side.name, "file": side.name}
 
 
-def asked_side(side: Side | Policy, questions: Sequence[Question], options: Mapping[str, Any]) -> Side:
-    """What it answers: what a file holds, or what a policy writes with these options of the command."""
+def asked_side(side: Side | Policy, questions: Sequence[Question], options: Mapping[str, Any], keep: Keep) -> Side:
+    """What it answers: what a file holds, or what a policy writes with these options of the command, which ``keep``
+    gets as it comes."""
     if isinstance(side, Side):
         return side
     opened = open_policy(
@@ -111,6 +113,7 @@ def asked_side(side: Side | Policy, questions: Sequence[Question], options: Mapp
     asked = [each for each in asked for _ in range(options["samples"])]
     with console.progress(f"responses of {side.name}", len(asked)) as at:
         answers = generate(
-            asked, opened.backend, opened.policy, **sampling(options), on_progress=lambda done, total: at(done)
-        )
+            asked, opened.backend, opened.policy, **sampling(options), on_progress=lambda done, total: at(done),
+            on_answers=keep,
+        )  # fmt: skip
     return Side.of(side.name, answers, len(questions))

@@ -15,7 +15,7 @@ from mlxpref.cli import console
 from mlxpref.cli.policies import machine_options, open_policy
 from mlxpref.cli.sampling import KEYS, check_sampling, sampling_options
 from mlxpref.cli.sides import Policy, about, asked_side, named_side
-from mlxpref.cli.unscored import unscored
+from mlxpref.cli.unfinished import unfinished
 from mlxpref.data.tokenization import load_tokenizer
 from mlxpref.errors import UsageError
 from mlxpref.evaluate.model_judge import TEMPLATE, ModelJudge, check_prompts, check_template
@@ -90,11 +90,8 @@ def command(context: click.Context, one: str, other: str, prompts: Path, **optio
         check_prompts([question.prompt for question in questions], tokenizer, template)
     named = [named_side(name, questions) for name in (one, other)]
     _check_options(named, questions, context)
-    with unscored(options["json_file"]) as keep:
-        sides = []
-        for side in named:
-            sides.append(asked_side(side, questions, options))
-            keep({"side": side.name, "responses": sides[-1].texts})
+    with unfinished(options["json_file"]) as keep:
+        sides = [asked_side(side, questions, options, keep) for side in named]
         paired = pair_up(sides[0], sides[1], questions)
         asked = [questions[index].prompt for index in paired.index]
         of_judge: dict[str, Any] = {}

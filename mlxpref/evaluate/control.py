@@ -144,7 +144,7 @@ def control_curve(
         top: a score; the share of answers that reach it is reported.
         resamples: for the intervals.
         on_progress: called with (answers there, answers wanted).
-        on_answers: called with all answers before they are scored: what a scorer refuses need not be lost.
+        on_answers: called with the answers of each batch as it is done: what a scorer refuses need not be lost.
 
     Raises:
         UsageError: no question, no goal, one goal twice, a goal off the recipe's scale, a number out
@@ -156,10 +156,8 @@ def control_curve(
     asked = [one for one in ask_all(questions, goals, recipe, tokenizer) for _ in range(n_samples)]
     answers = generate(
         asked, backend, policy, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        batch_size=batch_size, adapter=adapter, on_progress=on_progress,
+        batch_size=batch_size, adapter=adapter, on_progress=on_progress, on_answers=on_answers,
     )  # fmt: skip
-    if on_answers is not None:
-        on_answers(answers)
     prompts = [questions[answer.asked.index].prompt for answer in answers]
     scores = score_all(scorer, prompts, [answer.text for answer in answers])
     samples = [

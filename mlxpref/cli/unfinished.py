@@ -1,0 +1,66 @@
+"""What was written and is not in its file yet: kept on disk until it is, so that no failure takes hours with it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlxpref.cli import console
+from mlxpref.errors import UsageError
+from mlxpref.files import write_text
+from mlxpref.generate import Answer
+
+EVERY = 5.0
+"""Seconds after which answers that wait in memory are written to disk."""
+
+Keep = Callable[[Sequence[Answer]], None]
+
+
+@contextmanager
+def unfinished(file: Path | None, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Keep]:
+    """Within this context the answers handed over lie beside ``file``; they go when the block ends well.
+
+    Args:
+        file: what is written in the end; None keeps nothing.
+
+    Yields:
+        keeps more answers, in the order they come.
+
+    Raises:
+        UsageError: something of an earlier command lies there. RunError: the place cannot be written to; both at once.
+    """
+    if file is None:
+        yield lambda answers: None
+        return
+    aside = file.with_name(f"{file.stem}.unfinished.json")
+    if aside.exists():
+        raise UsageError(f"{aside}: what an earlier command wrote and never finished is there; move it away first")
+    kept: list[Answer] = []
+
+    def write() -> None:
+        text = json.dumps([answer.as_record() for answer in kept], indent=1, ensure_ascii=False)
+        write_text(aside, text + "\n")
+
+    written = clock()
+
+    def keep(answers: Sequence[Answer]) -> None:
+        nonlocal written
+        kept.extend(answers)
+        if clock() - written > EVERY:
+            write()
+            written = clock()
+
+    write()
+    try:
+        yield keep
+    except BaseException:
+        if kept:
+            write()
+            console.note(f"what was written until then is in {aside}")
+        else:
+            aside.unlink(missing_ok=True)
+        raise
+    aside.unlink(missing_ok=True)
