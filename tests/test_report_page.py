@@ -23,7 +23,7 @@ from mlxpref.diagnosis import read_record
 from mlxpref.report.charts import POINTS, Bars, Chart, Line, as_svg, draw, thinned
 from mlxpref.report.page import names_of, page
 from mlxpref.report.run_charts import compared
-from mlxpref.report.serve import server
+from mlxpref.report.serve import LIVE, server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -212,6 +212,7 @@ def test_a_page_follows_its_run(served: Any) -> None:
             return str(answer.read().decode())
 
     before = get("/state")
+    assert f'<meta name="state" content="{before}">' in get("/")
     assert "20 of 40 steps made" in get("/") and "<!-- live -->" in get("/") and made == [1]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 21, **fake_runs.healthy(21, 40)}) + "\n")
@@ -255,3 +256,29 @@ def test_a_browser_shows_it(tmp_path: Path, width: int) -> None:
     seen = json.loads(found[1].replace("&amp;", "&"))
     assert seen["asked"] == [] and seen["empty"] == 0 and seen["wide"] <= seen["room"]
     assert "CONSOLE" not in ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian, Ubuntu: apt install chromium)")
+def test_a_browser_follows_a_run_that_moved_on_while_it_drew(tmp_path: Path) -> None:
+    """Finds a page that takes the first state it hears of for the one it shows."""
+    folder = fake_runs.write_run(tmp_path / "run", done=20)
+    made: list[int] = []
+
+    def make() -> str:
+        text = page([read_record(folder)], head=LIVE)
+        if not made:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": 21, **fake_runs.healthy(21, 40)}) + "\n")
+        made.append(1)
+        return text
+
+    with server(make, [folder / "metrics.jsonl"]) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        ran = subprocess.run(
+            [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+             "--virtual-time-budget=20000", "--dump-dom", f"http://127.0.0.1:{serving.server_address[1]}/"],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        serving.shutdown()
+    assert "21 of 40 steps made" in ran.stdout and len(made) == 2

@@ -16,19 +16,20 @@ from mlxpref.errors import MlxprefError, RunError
 HOST = "127.0.0.1"
 
 LIVE = """<script>
-let shown = null;
+const stateOf = page => page.querySelector("meta[name=state]").content;
+let shown = stateOf(document);
 async function look() {
   try {
     const state = await (await fetch("state")).text();
-    if (shown === null) shown = state;
     if (state !== shown) {
       const answer = await fetch("./");
-      const found = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main");
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const found = page.querySelector("main");
       if (answer.ok && found) {
         const open = [...document.querySelectorAll("details")].map(one => one.open);
         document.querySelector("main").replaceWith(found);
         document.querySelectorAll("details").forEach((one, at) => { if (at in open) one.open = open[at]; });
-        shown = state;
+        shown = stateOf(page);
       }
     }
   } catch (gone) { return; }
@@ -37,7 +38,8 @@ async function look() {
 look();
 </script>
 """
-"""Asks every three seconds whether something is new, and ends when nobody answers."""
+"""Asks every three seconds whether there is something newer than what the page was made from, and ends when nobody
+answers."""
 
 
 def state_of(files: Sequence[Path]) -> str:
@@ -53,7 +55,7 @@ def server(make: Callable[[], str], files: Sequence[Path], *, port: int = 0) -> 
     """A server of one page, bound to this machine's own address; ``serve_forever`` starts it.
 
     Args:
-        make: the page as it is now; called when one of the files has changed since.
+        make: the page as it is now, with a head; called when one of the files has changed since.
         files: what the page is made from.
         port: 0 takes one that is free.
 
@@ -68,7 +70,7 @@ def server(make: Callable[[], str], files: Sequence[Path], *, port: int = 0) -> 
             state = state_of(files)
             if state not in known:
                 known.clear()
-                known[state] = make()
+                known[state] = make().replace("<head>", f'<head>\n<meta name="state" content="{state}">', 1)
             return known[state]
 
     class Handler(BaseHTTPRequestHandler):
