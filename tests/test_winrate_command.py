@@ -162,6 +162,18 @@ def test_a_side_that_is_not_there_is_refused_before_the_other_is_asked(
     assert ran.exit_code != 0 and words in ran.stderr and not room.loads
 
 
+def test_a_base_that_has_moved_is_named(room: Room, tmp_path: Path, tiny_model_dir: Path) -> None:
+    write_adapter(tmp_path / "moved", Recipe(), "./moved-model")
+    fake: Any = room
+    usual, bases = fake.load_adapter, []
+    fake.load_adapter = lambda path, **options: bases.append(options["model_path"]) or usual(path, **options)
+    ran = run("winrate", "moved@9", "adapter@2", *BY_GOAL, "--model", tiny_model_dir, "--json", "w.json")
+    assert ran.exit_code == 0 and bases == [str(tiny_model_dir)] * 2, ran.output
+    assert json.loads(Path("w.json").read_text())["one"]["model"] == str(tiny_model_dir)
+    ran = run("winrate", tiny_model_dir, tiny_model_dir, *BY_GOAL, "--model", tiny_model_dir)
+    assert ran.exit_code == 2 and "neither side is one" in ran.stderr
+
+
 def test_every_kind_of_file_is_read(room: Room, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet

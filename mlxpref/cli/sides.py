@@ -27,7 +27,8 @@ class Policy:
 
     Attributes:
         name: as it was given.
-        adapter: its folder, or None for a model without one, whose folder or id is ``model`` then.
+        adapter: its folder, or None for a model without one.
+        model: folder or id; of an adapter its base, where that is not what the adapter says.
         goal: what it is asked for; None: nothing.
         recipe: that writes the goal.
     """
@@ -47,9 +48,9 @@ class Policy:
         }  # fmt: skip
 
 
-def named_side(name: str, questions: Sequence[Question]) -> Side | Policy:
+def named_side(name: str, questions: Sequence[Question], *, base: str | None = None) -> Side | Policy:
     """A side: a file of responses, ``adapter``, ``adapter@goal``, or a model; checked as far as that goes without
-    loading weights.
+    loading weights. ``base`` is that of an adapter, where it has moved.
 
     Raises:
         UsageError: a goal that this side cannot be asked for. DataError, AdapterError, ModelError: a file, adapter or
@@ -65,10 +66,10 @@ def named_side(name: str, questions: Sequence[Question]) -> Side | Policy:
             raise UsageError(f"{name}: {where} is no adapter folder; a goal after @ is for one")
         model_folder(where, weights=False)
         return Policy(name, None, where, None, None)
-    recipe = named_recipe(where, None)
-    base = read_base(as_mlx_folder(where), None)
-    model_folder(base.path, revision=base.revision, weights=False)
-    side = Policy(name, where, None, _goal(name, where, goal, recipe), recipe)
+    recipe = named_recipe(where, None, model=base)
+    its = read_base(as_mlx_folder(where, model=base), base)
+    model_folder(its.path, revision=its.revision, weights=False)
+    side = Policy(name, where, base, _goal(name, where, goal, recipe), recipe)
     _check_prompts(side, questions)
     return side
 

@@ -47,6 +47,7 @@ LETTERS_AT_LEAST = 0.5
     required=True,
     help="Each line of a text file, or the column prompt (or messages) of rows; both sides answer them.",
 )
+@click.option("--model", metavar="FOLDER|ID", help="Base of an adapter, where that has moved.")
 @click.option("--scorer", metavar="MODULE:FUNCTION", help="Scores responses; the higher score is preferred.")
 @click.option(
     "--tie", type=float, default=0.0, show_default=True, metavar="X", help="Scores no further apart are a tie."
@@ -88,7 +89,9 @@ def command(context: click.Context, one: str, other: str, prompts: Path, **optio
     if options["judge"] is not None:
         tokenizer = load_tokenizer(str(model_folder(options["judge"], weights=False)))
         check_prompts([question.prompt for question in questions], tokenizer, template)
-    named = [named_side(name, questions) for name in (one, other)]
+    named = [named_side(name, questions, base=options["model"]) for name in (one, other)]
+    if options["model"] is not None and not any(isinstance(side, Policy) and side.adapter for side in named):
+        raise UsageError(f"--model {options['model']}: the base of an adapter, and neither side is one")
     _check_options(named, questions, context)
     with unfinished(options["json_file"]) as keep:
         sides = [asked_side(side, questions, options, keep) for side in named]
