@@ -41,6 +41,7 @@ CONDITIONS: dict[str, Any] = {
         (row["content_chosen"] > row["content_rejected"]) != (row["form_chosen"] > row["form_rejected"])
     ),
     "ties": lambda row: row["gap"] == 0 or row["gap"] >= 3,
+    "peak": lambda row: row["gap"] >= 3 and len(row["rejected"].split()) < len(row["chosen"].split()) <= worlds.WORDS,
     "sparse": lambda row: row["score_chosen"] <= 6 or row["score_chosen"] >= 8,
 }
 

@@ -21,10 +21,17 @@ FAST = (1e-3, 3e-3, 1e-2)
 SLOW = (1e-4, 3e-4, 1e-3)
 """Rates that are tried for every tuned arm, three each; the lower ones for losses that fall apart at the others."""
 
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "dpo": 0.0003, "dpo-same-loss": 0.0003, "dpo-twice-data": 0.0003, "dpo-twice-steps": 0.0003, "ra": 0.001,
+    "ra-twice-steps": 0.003, "half-prompts": 0.003, "same-natural": 0.001, "ra-natural": 0.003, "same-near": 0.001,
+    "ra-near": 0.001, "same-sparse": 0.001, "ra-sparse": 0.003, "same-noisy-4": 0.003, "ra-noisy-4": 0.003,
+    "same-conflict": 0.003, "ra-conflict": 0.003, "same-own": 0.01, "ra-own": 0.003, "same-peak": 0.001,
+    "ra-peak": 0.001, "sft-goals-near": 0.0001, "dpo-likelihood": 0.01, "ra-bare": 0.001, "ra-smoothed": 0.001,
+    "ra-likelihood": 0.003, "ra-ipo": 0.001, "ra-orpo": 0.003, "ra-sft": 0.003,
+}  # fmt: skip
 """The best rate of each arm, by ``--tune``: one seed, other requests than those of the tables."""
 
-TEXT_STEPS = 120
+TEXT_STEPS = 80
 TEXT_RATE = 1e-3
 LONG = {"tokenization.max_length": 512}
 """Of runs on real text: all that these models can read."""
@@ -133,7 +140,7 @@ class Table:
     tuning_seeds: tuple[int, ...] = (11,)
 
 
-CONDITIONS = ("natural", "near", "sparse", "noisy-2", "noisy-4", "conflict", "own")
+CONDITIONS = ("natural", "near", "sparse", "noisy-4", "conflict", "own", "peak")
 
 TABLES: dict[str, Table] = {
     "top": Table(
@@ -160,9 +167,9 @@ TABLES: dict[str, Table] = {
             *(arm for world in CONDITIONS for arm in both(world)),
             sft("near"),
             *long("near"),
+            replace(BASE, name="base-peak", world="peak"),
             replace(BASE, name="base-strong", model="strong"),
             *both("clear", strong=True),
-            *both("near", strong=True),
         ),
     ),
     "loss": Table(

@@ -32,7 +32,7 @@ from mlxpref.sandbox import gold
 from mlxpref.sandbox.examples import pairs
 from mlxpref.train import train
 from study.arms import BATCH, SAME, TABLES, Arm
-from study.worlds import assets, read_text_pairs, write_world
+from study.worlds import assets, nearness, read_text_pairs, write_world
 
 TEMPERATURE, MAX_TOKENS, TOGETHER = 0.7, 128, 200
 MAX_LENGTH = 256
@@ -155,23 +155,25 @@ def _figures(arm: Arm, place: Path, folder: Path, seed: int, tuning: bool) -> di
         policy = room.load_adapter(str(place)) if arm.steps else room.load_policy(_model(arm, folder), trainable=False)
         recipe = adapter_recipe(place) if arm.steps else None
         if tuning:
-            return {"asked": _asked(room, policy, recipe, arm.goals[-1:], seed, _requests("valid", TUNING_REQUESTS))}
+            return {"asked": _asked(arm, room, policy, recipe, seed, _requests("valid", TUNING_REQUESTS), best=True)}
         if recipe is not None and recipe.attributes:
             return {"attributes": _attributes(room, policy, recipe, seed)}
         figures: dict[str, Any] = {}
         if arm.world != "ultrafeedback":
-            figures["asked"] = _asked(room, policy, recipe, arm.goals, seed, _requests("test", REQUESTS))
+            figures["asked"] = _asked(arm, room, policy, recipe, seed, _requests("test", REQUESTS))
         if arm.steps:
             figures["log_probs"] = _log_probs(arm, room, policy, recipe, folder)
         return figures
 
 
 def _asked(
-    room: Any, policy: Any, recipe: Recipe | None, goals: Sequence[float], seed: int, requests: Sequence[str]
+    arm: Arm, room: Any, policy: Any, recipe: Recipe | None, seed: int, requests: Sequence[str], *, best: bool = False
 ) -> dict[str, Any]:
-    """Gold scores, request by request, asked for nothing and for each goal; rank correlation of single responses."""
+    """Scores, request by request, asked for nothing and for each goal (``best``: the highest alone); rank correlation
+    of single responses."""
+    goals, scorer = arm.goals[-1:] if best else arm.goals, nearness if arm.world == "peak" else gold.score
     curve = control_curve(
-        [text_question(text) for text in requests], (None, *goals), gold.score, room, policy,
+        [text_question(text) for text in requests], (None, *goals), scorer, room, policy,
         load_tokenizer(str(sandbox.MODEL)), recipe, temperature=TEMPERATURE, max_tokens=MAX_TOKENS,
         batch_size=TOGETHER, seed=seed, top=9.0,
     )  # fmt: skip

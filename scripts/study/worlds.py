@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from mlxpref.sandbox.examples import Row, pairs
 
 N_PAIRS = 1400
 """Of a world, as in the quickstart."""
+
+WORDS = 26
+"""Of the response that a scorer wants who wants no more: half of the responses that are drawn have as many or fewer."""
 
 RARE = 0.02
 """Share of the pairs with a good response, where those are rare."""
@@ -68,6 +71,24 @@ def _near(rng: random.Random, base: Any, *, times: float = 1.0) -> list[Row]:
 def _natural(rng: random.Random, base: Any) -> list[Row]:
     """Pairs as they are drawn, ties left out: scores are 2.6 points apart on average."""
     return _first(row for row in _drawn() if row["score_chosen"] > row["score_rejected"])
+
+
+def nearness(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+    """A scorer that wants so many words and no more: half a point less for each too many or too few, 1 at least."""
+    return [max(1.0, 10.0 - abs(len(text.split()) - WORDS) / 2) for text in responses]
+
+
+def _peak(rng: random.Random, base: Any) -> list[Row]:
+    """Responses that fall short of the words wanted: the longer one is better, and longer still too long."""
+
+    def short() -> Iterator[Row]:
+        for row in _drawn():
+            texts = [row["chosen"], row["rejected"]]
+            scores = [round(score) for score in nearness([], texts)]
+            if max(len(text.split()) for text in texts) <= WORDS and abs(scores[0] - scores[1]) >= GAP:
+                yield _judged(row, scores)
+
+    return _first(short())
 
 
 def _odd(rng: random.Random, base: Any) -> list[Row]:
@@ -174,6 +195,7 @@ WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
     "near": _near,
     "near-long": partial(_near, times=LONGER),
     "odd": _odd,
+    "peak": _peak,
     "ties": _ties,
     "noisy-2": partial(_noisy, deviation=2.0),
     "noisy-4": partial(_noisy, deviation=4.0),
