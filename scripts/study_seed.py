@@ -16,7 +16,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -27,10 +26,10 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # started as a script, from anywhere
 
-from study.arms import SEEDS, TABLES, Arm, Table  # noqa: E402 - found by the line above
+from study.arms import ENDS, SEEDS, TABLES, Arm, Table  # noqa: E402 - found by the line above
 from study.measuring import arms, measured, prepare  # noqa: E402 - found by the line above
 
-from mlxpref.evaluate.statistics import mean_interval  # noqa: E402 - found by the line above
+from mlxpref.evaluate.statistics import mean_interval, spearman  # noqa: E402 - found by the line above
 
 Figures = dict[str, Any]
 Job = tuple[Arm, int, float | None]
@@ -43,7 +42,7 @@ ASKED: dict[str, Callable[[Figures], float | None]] = {
     "goal 2": lambda one: _mean(one, "2"),
     "goal 6": lambda one: _mean(one, "6"),
     "goal 10": lambda one: _mean(one, "10"),
-    "Spearman": lambda one: one["asked"]["spearman"],
+    "Spearman": lambda one: _spearman(one),
     "sensitivity": lambda one: _log_prob(one, "sensitivity"),
     "losers: own goal": lambda one: _log_prob(one, "good_rejected", "own"),
     "top goal": lambda one: _log_prob(one, "good_rejected", "top"),
@@ -97,10 +96,10 @@ def _all_measured(jobs: Sequence[Job], out: Path, workers: int) -> list[Figures]
         os.environ.setdefault(name, "1")
     prepare([arm for arm, _, _ in jobs], out)
     found: list[Figures] = []
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with get_context("spawn").Pool(workers) as pool:
         for wave in (judges, jobs):
             asked, found = [(*job, out) for job in wave], []
-            for job, one in zip(asked, pool.map(_measured, asked), strict=True):
+            for job, one in zip(asked, pool.imap(_measured, asked), strict=True):
                 print(f"{job[0].name}, seed {job[1]}: {one['seconds']['all']:.0f} s", file=sys.stderr, flush=True)
                 found.append(one)
     return found
@@ -114,6 +113,13 @@ def _measured(job: tuple[Arm, int, float | None, Path]) -> Figures:
 def _mean(figures: Figures, goal: str) -> float | None:
     scores = figures["asked"]["scores"].get(goal)
     return None if scores is None else fmean(scores)
+
+
+def _spearman(figures: Figures) -> float | None:
+    """Of goal and score over single responses; of the same goals for every arm."""
+    scores = figures["asked"]["scores"]
+    found = [(goal, score) for goal in ENDS for score in scores.get(f"{goal:g}", ())]
+    return spearman([goal for goal, _ in found], [score for _, score in found])
 
 
 def _log_prob(figures: Figures, *path: str) -> float | None:
@@ -149,19 +155,21 @@ def _table(name: str, seeds: Sequence[int], out: Path, workers: int) -> None:
 
 def _spread(values: Iterable[float | None]) -> str:
     """Mean ± standard deviation over seeds."""
-    known = [value for value in values if value is not None]
-    if not known:
+    found = list(values)
+    known = [value for value in found if value is not None]
+    if not known or len(known) < len(found):
         return "–"
     return f"{fmean(known):.2f} ± {stdev(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
 
 
 def _difference(mine: Sequence[Figures], goal: str, other: Sequence[Figures], its_goal: str) -> str:
-    """Mean ± standard deviation over seeds, and 95 % over requests, the same that both were asked."""
+    """Mean, each seed's, and ± half of the 95 % interval over requests, the same that both were asked."""
     scores = np.array([one["asked"]["scores"][goal] for one in mine])
     less = scores - np.array([one["asked"]["scores"][its_goal] for one in other])
     interval = mean_interval(less.mean(0), range(less.shape[1]))
     assert interval is not None
-    return f"{_spread(less.mean(1).tolist())} ({interval[0]:+.2f} to {interval[1]:+.2f})"
+    each = ", ".join(f"{value:+.2f}" for value in less.mean(1))
+    return f"{less.mean():+.2f} ({each}; requests ± {(interval[1] - interval[0]) / 2:.2f})"
 
 
 def _tune(table: Table, out: Path, workers: int) -> None:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +30,7 @@ from mlxpref.runs import CONFIG, RunFolder
 from mlxpref.sandbox import gold
 from mlxpref.sandbox.examples import pairs
 from mlxpref.train import train
-from study.arms import BATCH, SAME, TABLES, Arm
+from study.arms import BATCH, STRONG, TABLES, Arm
 from study.worlds import assets, nearness, read_text_pairs, write_world
 
 TEMPERATURE, MAX_TOKENS, TOGETHER = 0.7, 128, 200
@@ -46,27 +45,29 @@ HIGH, TEXT_HIGH = 6.0, 8.0
 """A response of at least this score is a good one: in the sandbox, in UltraFeedback."""
 
 
+LIMITS = (TEMPERATURE, MAX_TOKENS, TOGETHER, REQUESTS, TUNING_REQUESTS, JUDGED, LOSERS, HIGH, TEXT_HIGH)
+"""What figures depend on beside the adapter."""
+
+
 def arms() -> dict[str, Arm]:
     """Every arm of every table, by name."""
-    return {arm.name: arm for table in TABLES.values() for arm in table.arms}
+    return {arm.name: arm for arm in (STRONG, *(arm for table in TABLES.values() for arm in table.arms))}
 
 
 def prepare(of: Sequence[Arm], folder: Path) -> None:
     """Write all data and models that these arms share."""
     for world in dict.fromkeys(arm.world for arm in of):
         write_world(world, folder / "worlds", base=_base_writes)
-    strong = _strong(folder)
-    if any(arm.model == "strong" for arm in of) and not strong.is_dir():
-        measured(SAME, 0, folder)
-        adapter = folder / "arms" / f"{SAME.name}-rate-{SAME.rate:g}-seed-0"
-        aside = strong.with_name(f"{strong.name}.part")
-        asked = ("--model", sandbox.MODEL, "--adapter-path", adapter, "--save-path", aside)
-        subprocess.run([sys.executable, "-m", "mlx_lm", "fuse", *map(str, asked)], check=True, stdout=sys.stderr)
-        aside.rename(strong)
-
-
-def _strong(folder: Path) -> Path:
-    return folder / "models" / f"strong-rate-{SAME.rate:g}"
+    if any(arm.model == "strong" for arm in of):
+        write_world(STRONG.world, folder / "worlds")
+        strong = _strong(folder)
+        if not strong.is_dir():
+            measured(STRONG, 0, folder)
+            aside = strong.with_name(f"{strong.name}.part")
+            adapter = _place(STRONG, 0, folder, STRONG.rate)
+            asked = ("--model", sandbox.MODEL, "--adapter-path", adapter, "--save-path", aside)
+            subprocess.run([sys.executable, "-m", "mlx_lm", "fuse", *map(str, asked)], check=True, stdout=sys.stderr)
+            aside.rename(strong)
 
 
 def measured(arm: Arm, seed: int, folder: Path, *, rate: float | None = None) -> dict[str, Any]:
@@ -77,24 +78,30 @@ def measured(arm: Arm, seed: int, folder: Path, *, rate: float | None = None) ->
     """
     tuning = rate is not None
     rate = arm.rate if rate is None else rate
-    place = folder / "arms" / f"{arm.name}-rate-{rate:g}-seed-{seed}{'-tuning' if tuning else ''}"
-    data = _data(arm, seed, folder)
-    facts = {name: value for name, value in asdict(arm).items() if name not in ("rates", "like", "rival")}
-    content = hashlib.sha256(data.read_bytes()).hexdigest()
-    if arm.model == "strong":
-        facts["model"] = _strong(folder).name
-    key = hashlib.sha256(json.dumps([facts, rate, seed, tuning, content, versions()], sort_keys=True).encode())
-    file = place.with_name(f"{place.name}.json")
-    if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["key"] == key.hexdigest():
-        return dict(found)
+    place = _place(arm, seed, folder, rate)
+    key = _digest([*LIMITS, arm.goals, versions()])
+    file = place.with_name(f"{place.name}-{'tuning' if tuning else 'figures'}-{key}.json")
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     began = time.perf_counter()
-    _train(arm, data, place, folder, seed, rate)
+    _train(arm, _data(arm, seed, folder), place, folder, seed, rate)
     trained = time.perf_counter() - began
-    figures = {"key": key.hexdigest(), "arm": arm.name, "rate": rate, "seed": seed, "commit": commit()}
+    figures: dict[str, Any] = {"arm": arm.name, "rate": rate, "seed": seed, "commit": commit()}
     figures |= _figures(arm, place, folder, seed, tuning)
     figures["seconds"] = {"train": trained, "all": time.perf_counter() - began}
     write_text(file, json.dumps(figures) + "\n")
     return figures
+
+
+def _place(arm: Arm, seed: int, folder: Path, rate: float) -> Path:
+    """The run folder: its name has a digest of all that the adapter in it depends on."""
+    data = hashlib.sha256(_data(arm, seed, folder).read_bytes()).hexdigest()
+    key = _digest([_settings(arm, rate), Path(_model(arm, folder)).name, data, versions()])
+    return folder / "arms" / f"{arm.name}-rate-{rate:g}-seed-{seed}-{key}"
+
+
+def _digest(of: Any) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:10]
 
 
 # --- data and training ---
@@ -105,10 +112,10 @@ def _data(arm: Arm, seed: int, folder: Path) -> Path:
     if not arm.judge:
         return world
     judge = arms()[arm.judge]
-    measured(judge, seed, folder)
-    adapter = folder / "arms" / f"{judge.name}-rate-{judge.rate:g}-seed-{seed}"
-    scored = folder / "worlds" / f"{arm.world}-by-{judge.name}-seed-{seed}"
+    adapter = _place(judge, seed, folder, judge.rate)
+    scored = folder / "worlds" / f"{world.stem}-by-{adapter.name}"
     if not scored.is_dir():
+        measured(judge, seed, folder)
         wanted = Wanted(add=("implicit_reward",), adapters=(str(adapter),))
         add_columns(SourceSpec(path=str(world)), scored, wanted, max_length=MAX_LENGTH, file_format="jsonl")
     (file,) = scored.glob("*.jsonl")
@@ -125,25 +132,36 @@ def _train(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: flo
 
 
 def _config(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: float) -> Any:
+    paths = {
+        "model.path": _model(arm, folder), "data.source": str(data), "reference.store": str(folder / "reference"),
+        "output.adapter_path": str(place), "training.seed": seed,
+    }  # fmt: skip
+    return load_config(None, list({**_settings(arm, rate), **paths}.items()))
+
+
+def _settings(arm: Arm, rate: float) -> dict[str, Any]:
+    """All of the configuration but paths and seed."""
     settings: dict[str, Any] = {
-        "model.path": _model(arm, folder), "data.source": str(data), "batching.batch_size": BATCH,
-        "data.score": "implicit_reward" if arm.judge else None, "batching.keep_together": True,
-        "tokenization.max_length": MAX_LENGTH, "adapter.num_layers": -1,
+        "batching.batch_size": BATCH, "data.score": "implicit_reward" if arm.judge else None,
+        "batching.keep_together": True, "tokenization.max_length": MAX_LENGTH, "adapter.num_layers": -1,
         "adapter.lora_parameters": {"rank": 16, "scale": 2.0}, "objective": arm.objective,
-        "reference.store": str(folder / "reference"), "optimizer.learning_rate": rate,
-        "optimizer.schedule": {"name": "cosine", "warmup_ratio": 0.05}, "training.iters": arm.steps,
-        "training.save_every": arm.steps, "training.keep_last": 1, "training.seed": seed,
-        "training.steps_per_report": arm.steps, "output.adapter_path": str(place),
+        "optimizer.learning_rate": rate, "optimizer.schedule": {"name": "cosine", "warmup_ratio": 0.05},
+        "training.iters": arm.steps, "training.save_every": arm.steps, "training.keep_last": 1,
+        "training.steps_per_report": arm.steps,
     }  # fmt: skip
     if arm.relabel is not None:
         settings["relabel"] = dict(arm.relabel)
-    return load_config(None, list({**settings, **arm.settings}.items()))
+    return {**settings, **arm.settings}
 
 
 def _model(arm: Arm, folder: Path) -> str:
     if arm.model == "strong":
         return str(_strong(folder))
     return str(sandbox.MODEL if arm.model == "sandbox" else assets() / "models" / arm.model)
+
+
+def _strong(folder: Path) -> Path:
+    return folder / "models" / _place(STRONG, 0, folder, STRONG.rate).name
 
 
 # --- figures ---
@@ -161,7 +179,7 @@ def _figures(arm: Arm, place: Path, folder: Path, seed: int, tuning: bool) -> di
         figures: dict[str, Any] = {}
         if arm.world != "ultrafeedback":
             figures["asked"] = _asked(arm, room, policy, recipe, seed, _requests("test", REQUESTS))
-        if arm.steps:
+        if arm.steps and not arm.judge and arm.world != "peak":  # held-out pairs have gold scores, on their scale
             figures["log_probs"] = _log_probs(arm, room, policy, recipe, folder)
         return figures
 
@@ -169,15 +187,14 @@ def _figures(arm: Arm, place: Path, folder: Path, seed: int, tuning: bool) -> di
 def _asked(
     arm: Arm, room: Any, policy: Any, recipe: Recipe | None, seed: int, requests: Sequence[str], *, best: bool = False
 ) -> dict[str, Any]:
-    """Scores, request by request, asked for nothing and for each goal (``best``: the highest alone); rank correlation
-    of single responses."""
+    """Scores, request by request, asked for nothing and for each goal (``best``: the highest alone)."""
     goals, scorer = arm.goals[-1:] if best else arm.goals, nearness if arm.world == "peak" else gold.score
     curve = control_curve(
         [text_question(text) for text in requests], (None, *goals), scorer, room, policy,
         load_tokenizer(str(sandbox.MODEL)), recipe, temperature=TEMPERATURE, max_tokens=MAX_TOKENS,
         batch_size=TOGETHER, seed=seed, top=9.0,
     )  # fmt: skip
-    found: dict[str, Any] = {"scores": {}, "spearman": curve.spearman}
+    found: dict[str, Any] = {"scores": {}}
     for name in ("top_share", "distinct", "words"):
         found[name] = {_name(one.goal): getattr(one, name) for one in curve.per_goal}
     for sample in sorted(curve.samples, key=lambda one: one.index):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -28,6 +29,9 @@ LONGER = 4
 GAP = 3
 """Points that the two scores are apart at least, as a judge sees them."""
 
+DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+"""Of this file: other worlds, other names."""
+
 DRAWN = 40_000
 """Pairs to choose from."""
 
@@ -38,11 +42,16 @@ def write_world(name: str, folder: Path, *, base: Callable[[list[str]], list[str
     Args:
         base: prompts → a response to each, drawn from the base model; for the world ``own``.
     """
-    file = folder / f"{name}.jsonl"
+    file = folder / f"{name}-{DIGEST}.jsonl"
     if not file.is_file():
         rows = WORLDS[name](random.Random(f"study {name}"), base)
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def _other(rng: random.Random, base: Any) -> list[Row]:
+    """Pairs of the clear world that are not in it."""
+    return _clear(rng, base, times=2)[N_PAIRS:]
 
 
 def _drawn() -> Iterator[Row]:
@@ -190,6 +199,7 @@ def assets() -> Path:
 WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
     "clear": _clear,
     "twice": partial(_clear, times=2),
+    "other": _other,
     "half": partial(_clear, times=0.5),
     "natural": _natural,
     "near": _near,
