@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import fakes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from mlxpref.data.recipe import ATTRIBUTES_TEMPLATE, Recipe
 from mlxpref.errors import ScoreError, UsageError
 from mlxpref.evaluate import Sample, achieved, as_curve, control_curve, curve_of, spearman
+from mlxpref.evaluate.course import course, log_ratios
 from mlxpref.evaluate.statistics import mean_interval
-from mlxpref.generate import line_questions
+from mlxpref.generate import Answer, ask, line_questions
 from mlxpref.records import Prompt
 
 QUESTIONS = line_questions(["Owls 30?", "Cats 10?", "Dogs 20?"])
@@ -256,3 +258,37 @@ def test_one_attribute_at_a_time(chat_tokenizer: Any) -> None:
         as_curve("all", found.per_goal, attribute="content")
     with pytest.raises(UsageError, match="content, form"):
         as_curve("all", found.per_goal)
+
+
+# --- the course of a run ---
+
+
+def judged(scores: Sequence[float]) -> Any:
+    return curve_of([Sample(index, 10.0, "so", score) for index, score in enumerate(scores)])
+
+
+def test_a_checkpoint_is_compared_over_the_same_prompts() -> None:
+    """Finds differences of means taken as if other prompts had been asked, and stages in the order they came."""
+    rng = np.random.default_rng(3)
+    ease = rng.normal(0, 3, 40)  # what prompts differ by; checkpoints differ by far less
+    found = course([(20, judged(ease), 4.0), (10, judged(ease + 0.5 + rng.normal(0, 0.1, 40)), 2.0)])
+    assert [stage.step for stage in found] == [10, 20] and found[1].less_end is None
+    assert found[0].less_end is not None and 0.4 < found[0].less_end[0] < 0.5 < found[0].less_end[1] < 0.6
+    few = course([(10, judged(ease[:19]), 2.0), (20, judged(ease[:19]), 4.0)])
+    assert few[0].less_end is None
+    twice = course([(10, judged(ease), 2.0), (20, judged(ease), 4.0)], units=[0] * 40)
+    assert twice[0].less_end is None  # one prompt, forty times
+
+
+def test_a_distance_counts_what_was_written_and_no_end_of_turn(chat_tokenizer: Any) -> None:
+    policy = fakes.FakePolicy(fakes.table(1), fakes.table(2))
+    asked = [ask(question, 7.0, Recipe(), chat_tokenizer, index=i) for i, question in enumerate(QUESTIONS)]
+    texts = ["Owls hoot.", "", "Dogs"]
+    answers = [Answer(one, text) for one, text in zip(asked, texts, strict=True)]
+    found = log_ratios(answers, QUESTIONS, fakes.backend(), policy, chat_tokenizer)
+    ids = [chat_tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    expected = [
+        sum(fakes.by_hand(fakes.table(1), one.ids, own)) - sum(fakes.by_hand(fakes.table(2), one.ids, own))
+        for one, own in zip(asked, ids, strict=True)
+    ]
+    assert found == pytest.approx(expected, rel=1e-5) and found[1] == 0.0

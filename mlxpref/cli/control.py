@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -91,13 +92,18 @@ def command(
         picture_format(options["picture"])
     if options["compare_base"] and adapter_path is None:
         raise UsageError("--compare-base needs --adapter-path: there is no adapter to leave out")
+    if adapter_path is None and model is None:
+        raise UsageError("which policy? Give --adapter-path FOLDER or --model FOLDER")
     check_sampling(options)
     folders = _checkpoints(adapter_path) if options["checkpoints"] else []
     questions, scorer = read_questions(prompts), load_scorer(options["scorer"])
     recipe = named_recipe(adapter_path, recipe_path, model=model)
     goals = _goals(options["goals"], options["attribute"], recipe)
     if options["picture"] is not None and None in goals:
-        raise UsageError("--picture draws goals; leave none out of --goals (--compare-base draws the base)")
+        raise UsageError(
+            "--picture draws goals, and this policy was trained without any" if recipe is None else
+            "--picture draws goals; leave none out of --goals (--compare-base draws the base)"
+        )  # fmt: skip
     opened = open_policy(
         adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
         recipe_path=recipe_path, backend=backend,
@@ -109,9 +115,10 @@ def command(
             base = _asked(questions, [None], scorer, opened, options, "responses of the base", keep, adapter=False)
         stored = None if recipe is None else recipe.as_dict()
         named: dict[str, Any] = {"revision": revision, "dtype": dtype, "recipe": stored, "adapter": adapter_path}
-        stages = _course(questions, folders, scorer, opened, options, keep, model=model, dtype=dtype)
-        named["checkpoints"] = [stage.as_record() for stage in stages]
         about = {**_record(found, base, prompts, questions, opened, options), **named}
+        opened = replace(opened, policy=None)  # one model in memory at a time
+        stages = _course(questions, folders, scorer, opened, options, keep, model=model, dtype=dtype)
+        about["checkpoints"] = [stage.as_record() for stage in stages]
         if options["json_file"] is not None:
             write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     _show(found, base, scorer, options["top"])
@@ -187,7 +194,7 @@ def _asked(
             questions, goals, scorer, opened.backend, opened.policy, opened.tokenizer, opened.recipe,
             adapter=adapter, n_samples=options["samples"], top=options["top"], **sampling(options),
             on_progress=lambda done, total: at(done),
-            on_answers=keep,
+            on_answers=partial(keep, of=what),
         )  # fmt: skip
 
 
@@ -203,13 +210,13 @@ def _course(
         one = replace(opened, policy=opened.backend.load_adapter(path, model_path=model, dtype=dtype))
         what, written = f"responses of step {step}", list[Answer]()
 
-        def remember(answers: Sequence[Answer], written: list[Answer] = written) -> None:
+        def remember(answers: Sequence[Answer], of: str, written: list[Answer] = written) -> None:
             written += answers
-            keep(answers)
+            keep(answers, of)
 
         curve = _asked(questions, [goal], scorer, one, options, what, remember, adapter=True)
-        ratios = log_ratios(written, questions, one.backend, one.policy, one.tokenizer)
-        found.append((step, curve, fmean(ratios) if ratios else None))
+        found.append((step, curve, fmean(log_ratios(written, questions, one.backend, one.policy, one.tokenizer))))
+        del one
     units = units_of([question.prompt for question in questions])
     return course(found, units=units, seed=options["seed"]) if found else []
 
@@ -221,7 +228,7 @@ def _show_course(stages: Sequence[Stage]) -> None:
             (
                 str(one.step), f"{one.mean:.2f}",
                 None if one.interval is None else "{:.2f} to {:.2f}".format(*one.interval),
-                None if one.nats is None else f"{one.nats:.1f}",
+                f"{one.nats:.1f}",
             )
             for one in stages
         ],

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def _answers(asked: Sequence[Asked], opened: Opened, options: Mapping[str, Any],
             found.append(
                 generate(
                     asked, opened.backend, opened.policy, adapter=adapter, **settings,
-                    on_progress=None if at is None else _first(at), on_answers=keep,
+                    on_progress=None if at is None else _first(at), on_answers=partial(keep, of=what),
                 )
             )  # fmt: skip
     return [answer for together in zip(*found, strict=True) for answer in together]

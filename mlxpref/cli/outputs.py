@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class _Asking:
         ]
         found = generate(
             asked, opened.backend, opened.policy, **{**sampling(self._options), "temperature": temperature},
-            on_progress=lambda done, total: self._at(before + done), on_answers=self._keep,
+            on_progress=lambda done, total: self._at(before + done), on_answers=partial(self._keep, of="answers"),
         )  # fmt: skip
         self._done += len(found)
         return [one.text for one in found]

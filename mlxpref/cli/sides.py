@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlxpref.cli.sampling import sampling
 from mlxpref.cli.unfinished import Keep
 from mlxpref.conversion import as_mlx_folder
 from mlxpref.data.recipe import Recipe
-from mlxpref.errors import DataError, UsageError
+from mlxpref.errors import DataError, MlxprefError, UsageError
 from mlxpref.evaluate.sides import Side, is_file, read_side
 from mlxpref.folders import read_base
 from mlxpref.generate import NO_GOAL, Question, ask_all, generate, parse_goal
@@ -50,7 +51,7 @@ class Policy:
 
 def named_side(name: str, questions: Sequence[Question], *, base: str | None = None) -> Side | Policy:
     """A side: a file of responses, ``adapter``, ``adapter@goal``, or a model; checked as far as that goes without
-    loading weights. ``base`` is that of an adapter, where it has moved.
+    loading weights. ``base`` is that of an adapter whose own is not where it was.
 
     Raises:
         UsageError: a goal that this side cannot be asked for. DataError, AdapterError, ModelError: a file, adapter or
@@ -67,11 +68,24 @@ def named_side(name: str, questions: Sequence[Question], *, base: str | None = N
         model_folder(where, weights=False)
         return Policy(name, None, where, None, None)
     recipe = named_recipe(where, None, model=base)
-    its = read_base(as_mlx_folder(where, model=base), base)
-    model_folder(its.path, revision=its.revision, weights=False)
+    base = _moved(where, base)
     side = Policy(name, where, base, _goal(name, where, goal, recipe), recipe)
     _check_prompts(side, questions)
     return side
+
+
+def _moved(adapter: str, base: str | None) -> str | None:
+    """The given base, where the one that the adapter names cannot be found; else None. ModelError if neither can."""
+    try:
+        its = read_base(as_mlx_folder(adapter), None)
+        model_folder(its.path, revision=its.revision, weights=False)
+        return None
+    except MlxprefError:
+        if base is None:
+            raise
+    as_mlx_folder(adapter, model=base)
+    model_folder(base, weights=False)
+    return base
 
 
 def _goal(name: str, where: str, text: str, recipe: Recipe | None) -> Goal | None:
@@ -115,6 +129,6 @@ def asked_side(side: Side | Policy, questions: Sequence[Question], options: Mapp
     with console.progress(f"responses of {side.name}", len(asked)) as at:
         answers = generate(
             asked, opened.backend, opened.policy, **sampling(options), on_progress=lambda done, total: at(done),
-            on_answers=keep,
+            on_answers=partial(keep, of=side.name),
         )  # fmt: skip
     return Side.of(side.name, answers, len(questions))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from mlxpref.cli import console
 from mlxpref.errors import UsageError
@@ -16,7 +17,11 @@ from mlxpref.generate import Answer
 EVERY = 5.0
 """Seconds after which answers that wait in memory are written to disk."""
 
-Keep = Callable[[Sequence[Answer]], None]
+
+class Keep(Protocol):
+    """Keeps more answers, in the order they come; ``of`` says whose they are."""
+
+    def __call__(self, answers: Sequence[Answer], of: str) -> None: ...
 
 
 @contextmanager
@@ -26,29 +31,26 @@ def unfinished(file: Path | None, *, clock: Callable[[], float] = time.monotonic
     Args:
         file: what is written in the end; None keeps nothing.
 
-    Yields:
-        keeps more answers, in the order they come.
-
     Raises:
         UsageError: something of an earlier command lies there. RunError: the place cannot be written to; both at once.
     """
     if file is None:
-        yield lambda answers: None
+        yield lambda answers, of: None
         return
     aside = file.with_name(f"{file.stem}.unfinished.json")
     if aside.exists():
         raise UsageError(f"{aside}: what an earlier command wrote and never finished is there; move it away first")
-    kept: list[Answer] = []
+    kept: list[tuple[str, Answer]] = []
 
     def write() -> None:
-        text = json.dumps([answer.as_record() for answer in kept], indent=1, ensure_ascii=False)
-        write_text(aside, text + "\n")
+        rows = [{"of": of, **answer.as_record()} for of, answer in kept]
+        write_text(aside, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
     written = clock()
 
-    def keep(answers: Sequence[Answer]) -> None:
+    def keep(answers: Sequence[Answer], of: str) -> None:
         nonlocal written
-        kept.extend(answers)
+        kept.extend((of, answer) for answer in answers)
         if clock() - written > EVERY:
             write()
             written = clock()

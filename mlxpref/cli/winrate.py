@@ -90,8 +90,9 @@ def command(context: click.Context, one: str, other: str, prompts: Path, **optio
         tokenizer = load_tokenizer(str(model_folder(options["judge"], weights=False)))
         check_prompts([question.prompt for question in questions], tokenizer, template)
     named = [named_side(name, questions, base=options["model"]) for name in (one, other)]
-    if options["model"] is not None and not any(isinstance(side, Policy) and side.adapter for side in named):
-        raise UsageError(f"--model {options['model']}: the base of an adapter, and neither side is one")
+    moved = any(isinstance(side, Policy) and side.adapter and side.model for side in named)
+    if options["model"] is not None and not moved:
+        raise UsageError(f"--model {options['model']}: neither side is an adapter whose base has moved")
     _check_options(named, questions, context)
     with unfinished(options["json_file"]) as keep:
         sides = [asked_side(side, questions, options, keep) for side in named]

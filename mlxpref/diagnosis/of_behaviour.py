@@ -98,18 +98,16 @@ def _of_checkpoints(stages: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     if not better:
         return
     best, end = max(better, key=lambda one: float(one["mean"])), stages[-1]
-    known = best["nats"] is not None and end["nats"] is not None
-    further = known and end["nats"] > best["nats"]
+    further = end["nats"] > best["nats"]
     yield Finding(
         "over-optimised", "alarm",
         f"Responses were better after step {best['step']} than they are at the end"
         f"{' (over-optimisation)' if further else ''}.",
         "score " + ", then ".join(
-            f"{one['mean']:.2f} at step {one['step']}" + (f", {one['nats']:.1f} nats from the base" if known else "")
-            for one in (best, end)
+            f"{one['mean']:.2f} at step {one['step']}, {one['nats']:.1f} nats from the base" for one in (best, end)
         ),
-        "Beyond some distance from the base the loss still falls, and quality with it." if further else
-        "Later steps undid it without going further from the base: the learning rate is too high for them.",
+        "It went on beyond the distance from the base at which quality was best." if further else
+        "Later steps undid it without going further from the base; the learning rate may be too high for them.",
         f"Use checkpoints/step-{best['step']:06d} as the adapter; a larger beta or fewer training.iters for a new run.",
     )  # fmt: skip
 

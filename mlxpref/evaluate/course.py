@@ -8,7 +8,7 @@ A policy gets better at first as it leaves its reference, and worse where it goe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from mlxpref.evaluate.statistics import Interval, mean_interval
 from mlxpref.generate import Answer, Question
 from mlxpref.records import Conditioned, Dropped, Tokenized
 from mlxpref.reference import policy_logps, reference_logps
+
+ENOUGH = 20
+"""Different prompts from which a bootstrap's interval at that level may be trusted."""
 
 NO_LIMIT = 1 << 24
 """Tokens: what was written is read whole."""
@@ -35,15 +38,16 @@ class Stage:
     Attributes:
         step: updates behind it.
         mean: of the scores, in the scorer's units, and its 95 % interval; None for one prompt.
-        nats: mean log-ratio of what it wrote, policy to reference, nats a response; sampled at temperature 1 an
-            estimate of the KL divergence. None where nothing could be read.
-        less_end: 99 % interval of its mean less the last checkpoint's, over the same prompts; None of that itself.
+        nats: mean log-ratio of what it wrote, policy to base, nats a response; sampled at temperature 1 an estimate of
+            the KL divergence, the end of the turn left out.
+        less_end: 99 % interval of its mean less the last checkpoint's, over the same prompts; None of that itself,
+            and where prompts are fewer than ``ENOUGH``.
     """
 
     step: int
     mean: float
     interval: Interval | None
-    nats: float | None
+    nats: float
     less_end: Interval | None = None
 
     def as_record(self) -> dict[str, Any]:
@@ -52,7 +56,7 @@ class Stage:
 
 
 def course(
-    found: Sequence[tuple[int, ControlCurve, float | None]], *, units: Sequence[int] | None = None, seed: int = 0
+    found: Sequence[tuple[int, ControlCurve, float]], *, units: Sequence[int] | None = None, seed: int = 0
 ) -> list[Stage]:
     """Stages by rising step.
 
@@ -70,7 +74,9 @@ def course(
         own, less = _by_prompt(curve), None
         if place < len(ordered) - 1:
             apart = np.array([own[index] - end[index] for index in end])
-            less = mean_interval(apart, [units[index] if units else index for index in end], seed=seed, level=SURE)
+            prompts = [units[index] if units else index for index in end]
+            enough = len(set(prompts)) >= ENOUGH
+            less = mean_interval(apart, prompts, seed=seed, level=SURE) if enough else None
         stages.append(Stage(step, asked.mean, asked.interval, nats, less))
     return stages
 
@@ -86,7 +92,9 @@ def _by_prompt(curve: ControlCurve) -> dict[int, float]:
 def log_ratios(
     answers: Sequence[Answer], questions: Sequence[Question], backend: Any, policy: Any, tokenizer: Any
 ) -> list[float]:
-    """log π(y|x) − log π_ref(y|x) of what was written, nats, x as it was asked; an answer of no tokens is left out.
+    """log π(y|x) − log π_ref(y|x) of each text, nats, x as it was asked, π_ref without an adapter.
+
+    The end of the turn is left out, since one that was cut has none: a text of no tokens has 0.
 
     Args:
         questions: what was asked, by ``Asked.index``.
@@ -94,10 +102,25 @@ def log_ratios(
     Raises:
         RunError: a log-prob is not finite.
     """
-    rows = [row for one in answers if isinstance(row := _row(one, questions, tokenizer), Tokenized)]
+    read = [_row(one, questions, tokenizer) for one in answers]
+    rows = [row for row in read if isinstance(row, Tokenized)]
     own = policy_logps(rows, backend, policy)
     base, _ = reference_logps(rows, backend, policy, None)
-    return [math.fsum(mine[0]) - math.fsum(its[0]) for mine, its in zip(own, base, strict=True)]
+    ends = set(tokenizer.all_special_ids)
+    found = iter(
+        math.fsum(mine[0][:n]) - math.fsum(its[0][:n])
+        for row, mine, its in zip(rows, own, base, strict=True)
+        for n in [_without_end(row.response_ids[0].tolist(), ends)]
+    )
+    return [next(found) if isinstance(row, Tokenized) else 0.0 for row in read]
+
+
+def _without_end(ids: list[int], ends: Collection[int]) -> int:
+    """How many tokens stand before the last special ones."""
+    n = len(ids)
+    while n and ids[n - 1] in ends:
+        n -= 1
+    return n
 
 
 def _row(answer: Answer, questions: Sequence[Question], tokenizer: Any) -> Tokenized | Dropped:

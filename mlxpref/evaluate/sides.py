@@ -113,7 +113,7 @@ def _check_prompt(where: str, row: Mapping[str, Any], question: Question) -> Non
 
 
 def _check_alike(file: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    for name in ("goal", "adapter"):
+    for name in ("goal", "adapter", "of"):
         values = {json.dumps(row[name], sort_keys=True) for _, row in rows if name in row}
         if len(values) > 1:
             some = ", ".join(sorted(values)[:5])

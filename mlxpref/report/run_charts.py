@@ -127,16 +127,15 @@ def _calibration(views: Mapping[str, Any]) -> Iterator[Chart]:
 
 def course_chart(found: Mapping[str, Any]) -> Iterator[Chart]:
     """What ``mlxpref control --checkpoints`` found: quality against the distance from the base."""
-    stages = [one for one in found.get("checkpoints") or () if one["nats"] is not None]
-    if len(stages) > 1:
-        stages.sort(key=lambda one: float(one["nats"]))
+    stages = sorted(found.get("checkpoints") or (), key=lambda one: float(one["nats"]))
+    if stages:
         x, y = (np.array([one[key] for one in stages], np.float64) for key in ("nats", "mean"))
         steps = ", ".join(str(one["step"]) for one in stages)
         base = (found.get("base") or {}).get("per_goal")
         yield Chart(
             "course", "Quality by distance from the base", "nats a response", "score",
             (Line("checkpoints", x, y, marked=True),), level=(base[0]["mean"], "the base") if base else None,
-            note=f"From left to right the checkpoints of steps {steps}. Where it falls, an earlier one is better.",
+            note=f"From left to right the checkpoints of steps {steps}. Where it falls, one nearer the base is better.",
         )  # fmt: skip
 
 
