@@ -167,12 +167,12 @@ TABLES: dict[str, Table] = {
         (
             *(arm for world in CONDITIONS for arm in both(world)),
             sft("near"),
-            *long("near"),
             replace(BASE, name="base-peak", world="peak"),
             replace(BASE, name="base-strong", model="strong"),
             *both("clear", strong=True),
         ),
     ),
+    "long": Table("Is near scores' trouble a short run? Four times the pairs and updates", long("near")),
     "loss": Table(
         "Label smoothing, the likelihood term, and other objectives on relabelled pairs",
         (
