@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from study.worlds import LONGER
-
 STEPS = 350
 BATCH = 8
 """Rows of an update."""
@@ -114,12 +112,6 @@ def untuned(same: Arm, ra: Arm) -> tuple[Arm, Arm]:
     return replace(same, rates=(), like=SAME.name), replace(ra, rates=(), like=RA.name)
 
 
-def long(world: str) -> tuple[Arm, Arm]:
-    """Both with four times the pairs and updates."""
-    same, ra = both(f"{world}-long")
-    return untuned(replace(same, steps=LONGER * STEPS), replace(ra, steps=LONGER * STEPS))
-
-
 def sft(world: str) -> Arm:
     """Goals and the likelihood of the preferred response alone: no preference is learnt."""
     rival = f"ra-{world}"
@@ -166,13 +158,13 @@ TABLES: dict[str, Table] = {
         "are the base's own, or the model writes better than most of the data?",
         (
             *(arm for world in CONDITIONS for arm in both(world)),
+            replace(DPO, name="dpo-peak", world="peak", rates=(), like="dpo", rival="same-peak"),
             sft("near"),
             replace(BASE, name="base-peak", world="peak"),
             replace(BASE, name="base-strong", model="strong"),
             *both("clear", strong=True),
         ),
     ),
-    "long": Table("Is near scores' trouble a short run? Four times the pairs and updates", long("near")),
     "loss": Table(
         "Label smoothing, the likelihood term, and other objectives on relabelled pairs",
         (
