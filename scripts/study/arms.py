@@ -158,7 +158,6 @@ TABLES: dict[str, Table] = {
         "are the base's own, or the model writes better than most of the data?",
         (
             *(arm for world in CONDITIONS for arm in both(world)),
-            replace(DPO, name="dpo-peak", world="peak", rates=(), like="dpo", rival="same-peak"),
             sft("near"),
             replace(BASE, name="base-peak", world="peak"),
             replace(BASE, name="base-strong", model="strong"),

@@ -23,9 +23,6 @@ WORDS = 26
 RARE = 0.02
 """Share of the pairs with a good response, where those are rare."""
 
-LONGER = 4
-"""Times as many pairs, and updates, of a long run."""
-
 GAP = 3
 """Points that the two scores are apart at least, as a judge sees them."""
 
@@ -72,9 +69,9 @@ def _clear(rng: random.Random, base: Any, *, times: float = 1.0) -> list[Row]:
     return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] >= GAP), times)
 
 
-def _near(rng: random.Random, base: Any, *, times: float = 1.0) -> list[Row]:
+def _near(rng: random.Random, base: Any) -> list[Row]:
     """Scores are a point apart: good responses lose to slightly better ones, poor ones win over slightly poorer."""
-    return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] == 1), times)
+    return _first(row for row in _drawn() if row["score_chosen"] - row["score_rejected"] == 1)
 
 
 def _natural(rng: random.Random, base: Any) -> list[Row]:
@@ -203,11 +200,9 @@ WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
     "half": partial(_clear, times=0.5),
     "natural": _natural,
     "near": _near,
-    "near-long": partial(_near, times=LONGER),
     "odd": _odd,
     "peak": _peak,
     "ties": _ties,
-    "noisy-2": partial(_noisy, deviation=2.0),
     "noisy-4": partial(_noisy, deviation=4.0),
     "conflict": _conflict,
     "sparse": _sparse,
