@@ -202,7 +202,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "text": Table(
-        "UltraFeedback, and two models that know children's stories alone: what is preferred, not what is written",
-        (*text("tinystories-656k"), *text("stories260K")),
+        "UltraFeedback, and a model that knows children's stories alone: what is preferred, not what is written",
+        text("tinystories-656k"),
     ),
 }  # fmt: skip
