@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _all_measured(jobs: Sequence[Job], out: Path, workers: int) -> list[Figures]:
     """In the order of the jobs; judges are trained before those who wait for them."""
-    judges = [(arms()[arm.judge], seed, rate) for arm, seed, rate in jobs if arm.judge]
+    judges = [(arms()[arm.judge], seed, None) for arm, seed, _ in jobs if arm.judge]
     for name in THREADS if workers > 1 else ():
         os.environ.setdefault(name, "1")
     prepare([arm for arm, _, _ in jobs], out)

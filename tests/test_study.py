@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import study_seed  # noqa: E402 - found by the line above
-from study import arms, measuring, worlds  # noqa: E402
+from study import arms, measuring, worlds  # noqa: E402 - found by the line above
 
 N = 60
 

@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,28 @@ def test_slices_take_up_a_whole_run_and_one_process_takes_up_theirs(
     starts = json.loads((folder / "begun" / "run.json").read_text())["starts"]
     assert [(start["step"], start["workers"]) for start in starts] == [(0, 1), (4, 2)]
     compare(folder / "begun", whole)
+
+
+@pytest.mark.parametrize("hold", [lambda tensor: tensor, lambda tensor: tensor.view(-1)], ids=["python", "torch"])
+def test_a_sum_is_over_when_the_library_has_let_go_of_it(
+    hold: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of gloo's that lets go of a tensor while Python ends aborts the process, now and then."""
+    import torch
+
+    from mlxpref.torch_backend.workers import TorchWorkers
+
+    held, timers = [], []
+
+    def all_reduce(total: Any) -> None:
+        held.append(hold(total))
+        timers.append(threading.Timer(0.2, held.clear))
+        timers[0].start()
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    workers = TorchWorkers.__new__(TorchWorkers)
+    assert workers._all_sum(torch.ones(3)).tolist() == [1, 1, 1]
+    assert not held
 
 
 @pytest.mark.parametrize("fsdp", [False, True])

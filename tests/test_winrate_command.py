@@ -235,9 +235,11 @@ def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", ["winrate", "control", "generate"])
-def test_an_interrupt_while_sampling_loses_no_batch(room: Room, command: str) -> None:
+def test_an_interrupt_while_sampling_loses_no_batch(
+    room: Room, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Finds answers that are kept only once all are there."""
-    usual, fake = room.generate, room
+    usual = room.generate
     rest = {
         "winrate": ["adapter@9", "adapter@2", *BY_GOAL, "--json", "x.json"],
         "control": ["prompts.txt", "--adapter-path", "adapter", *BY_GOAL[2:], "--goals", "3", "--json", "x.json"],
@@ -249,7 +251,7 @@ def test_an_interrupt_while_sampling_loses_no_batch(room: Room, command: str) ->
             raise KeyboardInterrupt
         return usual(*arguments, **options)
 
-    fake.generate = generate  # type: ignore[method-assign]
+    monkeypatch.setattr(room, "generate", generate)
     ran = run(command, *rest, "--batch-size", "1")
     assert ran.exit_code != 0 and not Path("x.json").exists()
     rows = json.loads(Path("x.unfinished.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -14,6 +16,9 @@ from mlxpref.workers import Group, Workers, formed
 
 PATIENCE = timedelta(days=7)
 """A worker may wait long for another (it reads a model, it saves); one that has gone is noticed otherwise."""
+
+LET_GO_SECONDS = 1.0
+"""How long a sum waits for the library below to let go of it."""
 
 
 def workers() -> Workers:
@@ -70,7 +75,13 @@ class TorchWorkers(Group):
     def _all_sum(self, values: torch.Tensor) -> torch.Tensor:
         if not values.is_cuda:
             total = values.detach().clone()
+            alone = _holders(total)
             dist.all_reduce(total)
+            # gloo's thread lets go of the sum when it comes to it, and where Python is at its end by then that aborts
+            # the process: no sum is over before.
+            latest = time.monotonic() + LET_GO_SECONDS
+            while _holders(total) != alone and time.monotonic() < latest:
+                time.sleep(0)
             return total
         torch.cuda.set_device(self._device)
         with torch.cuda.stream(self._stream):
@@ -84,3 +95,8 @@ class TorchWorkers(Group):
 
     def _numpy(self, values: torch.Tensor) -> np.ndarray:
         return values.cpu().numpy()
+
+
+def _holders(values: torch.Tensor) -> tuple[int, int]:
+    """How many hold a tensor: in torch, in Python."""
+    return values._use_count(), sys.getrefcount(values)
