@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from study.worlds import LONGER
+
 STEPS = 350
 BATCH = 8
 """Rows of an update."""
@@ -96,6 +98,8 @@ SAME = Arm("dpo-same-loss")
 STRONG = replace(SAME, name="strong", world="other", rates=(), like="dpo-same-loss")
 """Seed 0 of it is fused with the base, and is the strong model."""
 RA = Arm("ra", relabel=GOALS, goals=ALL, rival="dpo-same-loss")
+QUICK = replace(RA, name="ra-quick", rates=(3e-3,))
+"""At the rate of the quickstart."""
 RA_LIKE = replace(RA, rates=(), like="ra", rival="ra")
 
 
@@ -110,6 +114,11 @@ def both(world: str, *, strong: bool = False) -> tuple[Arm, Arm]:
 def untuned(same: Arm, ra: Arm) -> tuple[Arm, Arm]:
     """Both at the rates that were best for them in the clear world."""
     return replace(same, rates=(), like=SAME.name), replace(ra, rates=(), like=RA.name)
+
+
+def longer(arm: Arm) -> Arm:
+    """More pairs, and updates, of the same world."""
+    return replace(arm, name=f"{arm.name}-long", world=f"{arm.world}-long", steps=LONGER * arm.steps)
 
 
 def sft(world: str) -> Arm:
@@ -203,6 +212,19 @@ TABLES: dict[str, Table] = {
     ),
     "text": Table(
         "UltraFeedback, and a model that knows children's stories alone: what is preferred, not what is written",
-        text("tinystories-656k"),
+        (*text("tinystories-656k"), *text("stories260K")),
+    ),
+    "after": Table(
+        "What the other tables left open, asked after they were read; no rate is tuned",
+        (
+            QUICK,
+            replace(QUICK, name="halves-apart-quick", settings={"batching.keep_together": False}, rival=QUICK.name),
+            replace(DPO, name="dpo-peak", world="peak", rates=(), like="dpo", rival="same-peak"),
+            replace(sft("near"), name="sft-goals-near-quick", rates=(QUICK.rate,)),
+            *(
+                longer(replace(arm, rates=(), like=arm.name, rival=f"{arm.rival}-long" if arm.rival else ""))
+                for arm in both("near")
+            ),
+        ),
     ),
 }  # fmt: skip

@@ -23,6 +23,9 @@ WORDS = 26
 RARE = 0.02
 """Share of the pairs with a good response, where those are rare."""
 
+LONGER = 4
+"""Times as many pairs, and updates, of a long run."""
+
 GAP = 3
 """Points that the two scores are apart at least, as a judge sees them."""
 
@@ -69,9 +72,9 @@ def _clear(rng: random.Random, base: Any, *, times: float = 1.0) -> list[Row]:
     return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] >= GAP), times)
 
 
-def _near(rng: random.Random, base: Any) -> list[Row]:
+def _near(rng: random.Random, base: Any, *, times: float = 1.0) -> list[Row]:
     """Scores are a point apart: good responses lose to slightly better ones, poor ones win over slightly poorer."""
-    return _first(row for row in _drawn() if row["score_chosen"] - row["score_rejected"] == 1)
+    return _first((row for row in _drawn() if row["score_chosen"] - row["score_rejected"] == 1), times)
 
 
 def _natural(rng: random.Random, base: Any) -> list[Row]:
@@ -200,6 +203,7 @@ WORLDS: dict[str, Callable[[random.Random, Any], list[Row]]] = {
     "half": partial(_clear, times=0.5),
     "natural": _natural,
     "near": _near,
+    "near-long": partial(_near, times=LONGER),
     "odd": _odd,
     "peak": _peak,
     "ties": _ties,
