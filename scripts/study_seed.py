@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -96,10 +97,10 @@ def _all_measured(jobs: Sequence[Job], out: Path, workers: int) -> list[Figures]
         os.environ.setdefault(name, "1")
     prepare([arm for arm, _, _ in jobs], out)
     found: list[Figures] = []
-    with get_context("spawn").Pool(workers) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # it says so where a process has died
         for wave in (judges, jobs):
             asked, found = [(*job, out) for job in wave], []
-            for job, one in zip(asked, pool.imap(_measured, asked), strict=True):
+            for job, one in zip(asked, pool.map(_measured, asked), strict=True):
                 print(f"{job[0].name}, seed {job[1]}: {one['seconds']['all']:.0f} s", file=sys.stderr, flush=True)
                 found.append(one)
     return found

@@ -157,7 +157,8 @@ def stage(step: int, mean: float, nats: float, less_end: Any = None) -> dict[str
 def control(**changes: Any) -> dict[str, Any]:
     text = "one two three four five six seven eight nine ten"
     return {
-        "per_goal": [goal(1, 2.0), goal(10, 8.0)], "spearman": 0.8, "recipe": {},
+        "per_goal": [goal(1, 2.0), goal(10, 8.0)], "spearman": 0.8,
+        "recipe": {"goal_range": [1, 10], "top_goal": 10},
         "base": {"per_goal": [goal(None, 5.0)], "samples": [{"index": 0, "goal": None, "text": text, "score": 5}]},
         "samples": [{"index": 0, "goal": 10, "text": text, "score": 8}],
     } | changes  # fmt: skip
@@ -177,7 +178,11 @@ def control(**changes: Any) -> dict[str, Any]:
         ({"checkpoints": [stage(50, 7.0, 2.0, [-2, -1]), stage(100, 8.0, 9.0)]}, None),
         ({"checkpoints": [stage(50, 8.1, 2.0, [-0.2, 0.4]), stage(100, 8.0, 9.0)]}, None),
         ({"checkpoints": [stage(50, 9.0, 2.0, [0.2, 1.8]), stage(100, 8.0, 9.0)]}, "over-optimised"),
-        ({"per_goal": [goal(None, 3.0)], "spearman": None}, "worse-than-base"),
+        ({"per_goal": [goal(None, 3.0)], "spearman": None, "recipe": None}, "worse-than-base"),
+        ({"per_goal": [goal(None, 3.0)], "spearman": None}, None),  # not what it was trained to do
+        ({"per_goal": [goal(1, 1.5), goal(3, 3.0)]}, None),  # asked for 3, it writes 3: better was not asked for
+        ({"spearman": -1.0, "per_goal": [goal(1, 8.4, prompts=1), goal(10, 8.5, prompts=1)]}, "too-few-goals"),
+        ({"spearman": 0.0, "per_goal": [goal(9, 8.4), goal(10, 8.5)]}, "too-few-goals"),
         ({"samples": [{"index": 0, "goal": 10, "text": "so it was " * 9, "score": 8}]}, "repetition"),
     ],
 )
@@ -207,15 +212,16 @@ def test_the_checkpoint_to_use_is_named(tmp_path: Path, nats: tuple[float, float
         ({"mean": 0.1, "error": 0.3, "examples": 50}, 0.1, ["goal-ignored"]),
         ({"mean": 4.0, "error": 2.1, "examples": 5}, 0.1, ["too-few-examples"]),
         ({"mean": 4.0, "error": 0.3, "examples": 50}, -0.2, ["good-responses-unlearnt"]),
+        ({"mean": -6.0, "error": 0.3, "examples": 50}, 0.1, ["goal-reversed"]),
         ({"mean": None, "error": None, "examples": 0}, None, []),
     ],
 )
 def test_what_is_preferred(tmp_path: Path, sensitivity: Any, change: float | None, names: list[str]) -> None:
     folder = fake_runs.write_run(tmp_path / "run")
-    view = {"change": {"high_score_rejected": {"responses": 9, "sum": change, "per_token": change}}}
+    view = {"change": {"high_score_rejected": {"responses": 40, "sum": change, "per_token": change}}}
     found: Any = {"views": {"unconditioned": view}, "goal_sensitivity": sensitivity, "high_score": 8.0}
     (folder / "evaluation.json").write_text(json.dumps(found))
-    found["views"]["rejected"] = {"change": {"high_score_rejected": {"responses": 9, "sum": 1.0, "per_token": 0.1}}}
+    found["views"]["rejected"] = {"change": {"high_score_rejected": {"responses": 40, "sum": 1.0, "per_token": 0.1}}}
     kept = folder.with_name("with-goals")
     fake_runs.write_run(kept)
     (kept / "evaluation.json").write_text(json.dumps(found))
@@ -223,6 +229,22 @@ def test_what_is_preferred(tmp_path: Path, sensitivity: Any, change: float | Non
     found = said(folder)
     assert [name for name, _ in found] == names
     assert all((severity == "note") == (sensitivity["examples"] == 5) for _, severity in found)  # too few to tell
+
+
+@pytest.mark.parametrize(
+    ("responses", "others", "cause"),
+    [(40, -0.2, "All responses have become less likely"), (40, 0.3, "Few rows ask for such a score"), (9, -0.2, None)],
+)
+def test_why_good_responses_are_unlearnt(tmp_path: Path, responses: int, others: float, cause: str | None) -> None:
+    """Finds a cause that was never looked at, and an alarm over a handful of responses."""
+    folder = fake_runs.write_run(tmp_path / "run")
+    change = {"high_score_rejected": {"responses": responses, "sum": -2.0, "per_token": -0.1}}
+    change |= {side: {"per_token": others} for side in ("chosen", "rejected")}
+    sensitivity = {"mean": 4.0, "error": 0.3, "examples": 50}
+    found = {"views": {"rejected": {"change": change}}, "goal_sensitivity": sensitivity, "high_score": 8.0}
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    causes = [one.cause for one in diagnose(read_record(folder))]
+    assert (not causes) if cause is None else causes[0].startswith(cause)
 
 
 # --- reading ---

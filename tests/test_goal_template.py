@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
 from click.testing import CliRunner
 
@@ -15,8 +16,9 @@ from mlxpref.data.recipe import Recipe
 from mlxpref.data.render import render_prompt
 from mlxpref.data.tokenization import encode_prompt, load_tokenizer
 from mlxpref.errors import DataError, UsageError
+from mlxpref.evaluate import evaluate
 from mlxpref.generate import ask, text_question
-from mlxpref.records import Message
+from mlxpref.records import Message, Scored
 
 CONVERSATIONS = [
     [("user", "Why?")],
@@ -72,6 +74,9 @@ def test_no_template_states_two_goals(chat_tokenizer: Any) -> None:
         with pytest.raises(UsageError, match="states a goal by itself"):
             ask(text_question("Why?"), 2.0, Recipe(), chat_tokenizer)
         assert ask(text_question("Why?"), None, None, chat_tokenizer).goal is None
+        pair = Scored((Message("user", "Why?"),), ("So.", "Perhaps."), None, "0")
+        policy = fakes.FakePolicy(fakes.table(1), fakes.table(2))
+        assert evaluate([pair], fakes.backend(), policy, chat_tokenizer).metrics["examples"] == 1
     finally:
         chat_tokenizer.chat_template = before
     with pytest.raises(DataError, match="states a goal already"):

@@ -184,6 +184,18 @@ def test_a_table_says_what_is_drawn() -> None:
     assert "nan" not in as_svg(bars).lower().replace("nance", "")
 
 
+def test_scores_of_before_their_values_were_written_down(tmp_path: Path) -> None:
+    """Finds a page that cannot be made of an older run."""
+    folder = fake_runs.write_run(tmp_path / "run")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["data"]["train"]["scores"] = {"edges": [0, 1], "chosen": [1], "rejected": [1]}
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert "Scores of the training examples" not in page([read_record(folder)])
+    facts["data"]["train"]["scores"]["values"] = [0.5]
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert "Scores of the training examples" in page([read_record(folder)])
+
+
 # --- a page that is served ---
 
 
@@ -217,7 +229,8 @@ def test_a_page_follows_its_run(served: Any) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 21, **fake_runs.healthy(21, 40)}) + "\n")
     assert get("/state") != before and "21 of 40 steps made" in get("/") and made == [1, 1]
-    (folder / "run.json").write_text("{}")
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**facts, "model": 3}))  # a TypeError, whatever reads it
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 22, "loss": 1.0}) + "\n")
     for path, headers, code in (("/etc", {}, 404), ("/", {"Host": "elsewhere.example"}, 403), ("/", {}, 503)):

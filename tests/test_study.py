@@ -133,7 +133,7 @@ def test_a_table_from_the_first_step_to_the_last(
     monkeypatch.setattr(measuring, "REQUESTS", 3)
     monkeypatch.setattr(measuring, "JUDGED", 5)
     monkeypatch.setattr(measuring, "LOSERS", 5)
-    monkeypatch.setattr(study_seed, "get_context", lambda _: Here())
+    monkeypatch.setattr(study_seed, "ProcessPoolExecutor", lambda *_: Here())
     assert study_seed.main(["top", "--seeds", "1", "2", "--out", str(tmp_path)]) == 0
     first = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if line[:1] == "|"]
@@ -141,13 +141,13 @@ def test_a_table_from_the_first_step_to_the_last(
     monkeypatch.setattr(measuring, "train", None)
     assert study_seed.main(["top", "--seeds", "1", "2", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == first
+    monkeypatch.setattr(measuring, "code", lambda: "another")
+    with pytest.raises(TypeError, match="NoneType"):  # what another code has measured is none of this one's
+        study_seed.main(["top", "--seeds", "1", "2", "--out", str(tmp_path)])
 
 
 class Here:
     """A pool of no processes."""
-
-    def Pool(self, workers: int) -> Here:
-        return self
 
     def __enter__(self) -> Here:
         return self
@@ -155,5 +155,5 @@ class Here:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def imap(self, function: Any, jobs: Any) -> Any:
+    def map(self, function: Any, jobs: Any) -> Any:
         return map(function, jobs)

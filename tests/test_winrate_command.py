@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fakes
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from fakes import Room
@@ -214,10 +215,10 @@ def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path
     (tmp_path / "failing.py").write_text("def score(prompts, responses):\n    return [float('nan')] * len(responses)\n")
     ran = run("winrate", "adapter@9", "adapter@2", *BY_GOAL[:3], "failing:score", "--json", "w.json")
     assert ran.exit_code != 0
-    rows = json.loads(Path("w.unfinished.json").read_text())
+    rows = json.loads(Path("w.json.unfinished.json").read_text())
     assert [row["index"] for row in rows] == [0, 1, 2] * 2 and [row["goal"] for row in rows] == [9] * 3 + [2] * 3
     assert [row["of"] for row in rows] == ["adapter@9"] * 3 + ["adapter@2"] * 3
-    assert "w.unfinished.json" in ran.stderr and not Path("w.json").exists()
+    assert "w.json.unfinished.json" in ran.stderr and not Path("w.json").exists()
     asked = ("control", "prompts.txt", "--adapter-path", "adapter", "--compare-base", "--json", "c.json", "--scorer")
     Path("c.json").write_text("an earlier measurement")
     (tmp_path / "late.py").write_text(
@@ -225,13 +226,13 @@ def test_what_is_written_outlives_a_scorer_that_fails(room: Room, tmp_path: Path
     )
     ran = run(*asked, "late:score")
     assert ran.exit_code != 0 and Path("c.json").read_text() == "an earlier measurement"
-    rows = json.loads(Path("c.unfinished.json").read_text())
+    rows = json.loads(Path("c.json.unfinished.json").read_text())
     assert [row["adapter"] for row in rows] == [True] * 15 + [False] * 3
-    again = run(*asked, "goal_scores:goal")
+    again = run(*asked, "goal_scores:goal", "--model", "nowhere")  # which no one looks for
     assert again.exit_code == 2 and "move it away first" in again.stderr
-    assert len(json.loads(Path("c.unfinished.json").read_text())) == 18  # a retry that fails takes nothing with it
-    Path("c.unfinished.json").unlink()
-    assert run(*asked, "goal_scores:goal").exit_code == 0 and not Path("c.unfinished.json").exists()
+    assert len(json.loads(Path("c.json.unfinished.json").read_text())) == 18  # a retry that fails takes nothing with it
+    Path("c.json.unfinished.json").unlink()
+    assert run(*asked, "goal_scores:goal").exit_code == 0 and not Path("c.json.unfinished.json").exists()
 
 
 @pytest.mark.parametrize("command", ["winrate", "control", "generate"])
@@ -254,8 +255,8 @@ def test_an_interrupt_while_sampling_loses_no_batch(
     monkeypatch.setattr(room, "generate", generate)
     ran = run(command, *rest, "--batch-size", "1")
     assert ran.exit_code != 0 and not Path("x.json").exists()
-    rows = json.loads(Path("x.unfinished.json").read_text())
-    assert [row["index"] for row in rows] == [0, 1] and "x.unfinished.json" in ran.stderr
+    rows = json.loads(Path("x.json.unfinished.json").read_text())
+    assert [row["index"] for row in rows] == [0, 1] and "x.json.unfinished.json" in ran.stderr
 
 
 def test_answers_are_on_disk_before_all_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,8 +269,13 @@ def test_answers_are_on_disk_before_all_are_there(tmp_path: Path, monkeypatch: p
         for step in range(4):
             keep([Answer(Asked(step, (), None, ()), "so")], of="one")
             now[0] += 0.4 * EVERY
-        assert [row["index"] for row in json.loads((tmp_path / "x.unfinished.json").read_text())] == [0, 1, 2, 3]
+        assert [row["index"] for row in json.loads((tmp_path / "x.json.unfinished.json").read_text())] == [0, 1, 2, 3]
+        with unfinished(tmp_path / "x.jsonl"):
+            pass  # another file of the same stem
     assert not list(tmp_path.iterdir())
+    (tmp_path / "x.json.unfinished.json").write_text("[]\n")  # of one that was killed before its first answer
+    with unfinished(tmp_path / "x.json"):
+        pass
 
 
 def test_a_prompt_that_no_judge_can_read_is_refused_before_a_model_loads(room: Room, tiny_model_dir: Path) -> None:
@@ -418,11 +424,12 @@ def test_each_checkpoint_is_asked_for_its_best(room: Room, tmp_path: Path, tiny_
         return texts if step is None else [f"score: {scores[step]}. {text}" for text in texts]
 
     fake.generate = generate
-    ran = run(
+    asked = (
         "control", "prompts.txt", "--adapter-path", tmp_path / "adapter", "--scorer", "goal_scores:goal",
-        "--goals", "3", "--checkpoints", "--json", "c.json",
+        "--goals", "3", "--checkpoints", "--json",
     )  # fmt: skip
-    assert ran.exit_code == 0, ran.output
+    ran = run(*asked, "c.json")
+    assert ran.exit_code == 0 and "distances are from the base" not in ran.stderr, ran.output
     stages = json.loads(Path("c.json").read_text())["checkpoints"]
     assert [(one["step"], one["mean"]) for one in stages] == [(50, 4), (100, 9), (200, 7)]
     assert [one["less_end"] for one in stages] == [[-3, -3], [2, 2], None]
@@ -436,6 +443,15 @@ def test_each_checkpoint_is_asked_for_its_best(room: Room, tmp_path: Path, tiny_
             apart.append(sum(fakes.by_hand(own, ids, response)) - sum(fakes.by_hand(fakes.table(2), ids, response)))
         assert stage["nats"] == pytest.approx(sum(apart) / len(lines), rel=1e-5)
     assert "asked for their best" in ran.stdout
+    policies[str(tmp_path / "adapter" / "checkpoints" / "step-000100")].policy[:] = np.nan  # it came apart
+    facts = tmp_path / "adapter" / "adapter_config.json"
+    stored = json.loads(facts.read_text())
+    stored["mlxpref"]["init_from"] = "another"
+    facts.write_text(json.dumps(stored))
+    ran = run(*asked, "again.json")
+    assert ran.exit_code == 1 and "not finite" in ran.stderr and "distances are from the base" in ran.stderr
+    kept = json.loads(Path("again.json").read_text())
+    assert kept["checkpoints"] == [] and len(kept["samples"]) == 20  # the curve is not lost with it
 
 
 @pytest.mark.parametrize(

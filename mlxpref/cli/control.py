@@ -104,28 +104,35 @@ def command(
             "--picture draws goals, and this policy was trained without any" if recipe is None else
             "--picture draws goals; leave none out of --goals (--compare-base draws the base)"
         )  # fmt: skip
-    opened = open_policy(
-        adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
-        recipe_path=recipe_path, backend=backend,
-    )  # fmt: skip
-    base = None
-    with unfinished(options["json_file"]) as keep:
+    base, stages, file = None, list[Stage](), options["json_file"]
+    with unfinished(file) as keep:
+        opened = open_policy(
+            adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
+            recipe_path=recipe_path, backend=backend,
+        )  # fmt: skip
         found = _asked(questions, goals, scorer, opened, options, "responses", keep, adapter=True)
         if options["compare_base"]:
             base = _asked(questions, [None], scorer, opened, options, "responses of the base", keep, adapter=False)
         stored = None if recipe is None else recipe.as_dict()
         named: dict[str, Any] = {"revision": revision, "dtype": dtype, "recipe": stored, "adapter": adapter_path}
-        about = {**_record(found, base, prompts, questions, opened, options), **named}
-        opened = replace(opened, policy=None)  # one model in memory at a time
-        stages = _course(questions, folders, scorer, opened, options, keep, model=model, dtype=dtype)
-        about["checkpoints"] = [stage.as_record() for stage in stages]
-        if options["json_file"] is not None:
-            write_text(options["json_file"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        about = {**_record(found, base, prompts, questions, opened, options), **named, "checkpoints": []}
+        _write(about, file)
+        if folders:
+            if opened.facts.get("init_from"):
+                console.warn(f"trained against adapter {opened.facts['init_from']}; distances are from the base")
+            opened = replace(opened, policy=None)  # one model in memory at a time
+            stages = _course(questions, folders, scorer, opened, options, keep, model=model, dtype=dtype)
+            _write({**about, "checkpoints": [stage.as_record() for stage in stages]}, file)
     _show(found, base, scorer, options["top"])
     if stages:
         _show_course(stages)
     if options["picture"] is not None:
         draw_record(about, options["picture"])
+
+
+def _write(about: Mapping[str, Any], file: Path | None) -> None:
+    if file is not None:
+        write_text(file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def _checkpoints(adapter_path: str | None) -> list[tuple[int, Path]]:
@@ -218,7 +225,7 @@ def _course(
         found.append((step, curve, fmean(log_ratios(written, questions, one.backend, one.policy, one.tokenizer))))
         del one
     units = units_of([question.prompt for question in questions])
-    return course(found, units=units, seed=options["seed"]) if found else []
+    return course(found, units=units, seed=options["seed"])
 
 
 def _show_course(stages: Sequence[Stage]) -> None:

@@ -88,13 +88,13 @@ def command(
     if options["no_adapter"] and options["compare_base"]:
         raise UsageError("--no-adapter and --compare-base contradict each other")
     check_sampling(options)
-    opened = open_policy(
-        adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
-        recipe_path=recipe_path, backend=backend,
-    )  # fmt: skip
-    goals = _goals(options["goals"], opened.recipe)
-    asked = ask_all(questions, goals, opened.recipe, opened.tokenizer)
     with unfinished(options["json_file"]) as keep:
+        opened = open_policy(
+            adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
+            recipe_path=recipe_path, backend=backend,
+        )  # fmt: skip
+        goals = _goals(options["goals"], opened.recipe)
+        asked = ask_all(questions, goals, opened.recipe, opened.tokenizer)
         answers = _answers(asked, opened, options, keep)
         if options["json_file"] is not None:
             text = json.dumps([answer.as_record() for answer in answers], indent=2, ensure_ascii=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxpref.diagnosis.finding import Finding
 from mlxpref.diagnosis.record import RunRecord
+from mlxpref.evaluate.course import ENOUGH
 
 UNLEARNT = 0.05
 """Nats a token by which good responses that were merely second have become less likely, from which it is said."""
@@ -16,6 +17,9 @@ DEAF = 1.0
 
 UNRELATED = 0.1
 """Rank correlation of goal and score up to which the goal does not steer."""
+
+WIDE = 0.5
+"""Share of the goal range that the goals asked for must span before that is said."""
 
 LONGER = 1.5
 """Words at the top goal ÷ words of the base from which length has drifted; also downwards."""
@@ -41,7 +45,15 @@ def findings(run: RunRecord) -> Iterator[Finding]:
 def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
     sensitivity = found.get("goal_sensitivity") or {}
     mean, error = sensitivity.get("mean"), sensitivity.get("error")
-    if mean is not None and error is not None and mean <= 2 * error:
+    if mean is not None and error is not None and mean + 2 * error < -DEAF:
+        yield Finding(
+            "goal-reversed", "alarm",
+            "The goal in the prompt is obeyed the wrong way round.",
+            f"goal sensitivity {mean:.3f} ± {error:.3f} nats over {sensitivity['examples']} examples; 0 is ignoring it",
+            "Each prompt states the other response's score, or lower scores are the better ones.",
+            "See with `mlxpref inspect` that each prompt states its response's score; relabel anew.",
+        )  # fmt: skip
+    elif mean is not None and error is not None and mean <= 2 * error:
         known = mean + 2 * error < DEAF
         yield Finding(
             "goal-ignored" if known else "too-few-examples", "alarm" if known else "note",
@@ -56,15 +68,19 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
     change = None if own is None else own["change"]["high_score_rejected"]
     if change is None or change["per_token"] is None or change["per_token"] > -UNLEARNT:
         return
+    if change["responses"] < ENOUGH:
+        return
     goals = "rejected" in found["views"]
+    all_fell = goals and all((own["change"][side]["per_token"] or 0.0) < 0 for side in ("chosen", "rejected"))
     yield Finding(
         "good-responses-unlearnt", "warning",
         "Good responses that were merely second have become less likely.",
         f"rejected responses that score {found['high_score']:g} or more, asked for "
         + ("their own score" if goals else "nothing")
         + f": {change['per_token']:+.2f} nats a token over {change['responses']} of them",
-        "All responses have become less likely, these with them." if goals else
-        "Training without goals pushes down whatever was second, however good.",
+        "Training without goals pushes down whatever was second, however good." if not goals else
+        "All responses have become less likely, these with them." if all_fell else
+        "Few rows ask for such a score, or it does not tell them from better responses.",
         "Use a larger beta or a lower optimizer.learning_rate, or add a term {name: sft, weight: 0.1}." if goals else
         "Train with goals (section relabel), which ask for such responses by their own score.",
     )  # fmt: skip
@@ -74,22 +90,30 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _of_control(found: Mapping[str, Any]) -> Iterator[Finding]:
-    per_goal = [one for one in found["per_goal"] if one["goal"] is not None]
+    asked = [one for one in found["per_goal"] if one["goal"] is not None]
     values = found["spearman"].values() if isinstance(found["spearman"], Mapping) else [found["spearman"]]
     known = [value for value in values if value is not None]
-    if known and max(known) <= UNRELATED:
+    recipe = found.get("recipe")
+    if recipe is not None and known and max(known) <= UNRELATED:
+        heights, (low, high) = [_height(one["goal"]) for one in asked], recipe["goal_range"]
+        enough = min(one["prompts"] for one in asked) >= ENOUGH
+        enough = enough and max(heights) - min(heights) >= WIDE * (high - low)
         yield Finding(
-            "goal-does-not-steer", "alarm",
-            "What is written does not follow the goal.",
-            f"rank correlation of goal and score {max(known):.2f} over {sum(one['n'] for one in per_goal)} responses",
+            "goal-does-not-steer" if enough else "too-few-goals", "alarm" if enough else "note",
+            "What is written does not follow the goal." if enough else
+            "Too few prompts, or goals too close, to say whether the goal steers.",
+            f"rank correlation of goal and score {max(known):.2f} over {sum(one['n'] for one in asked)} responses",
             "The run is too short or its data have too few scores; or the scorer measures something else than the "
-            "data's scores.",
-            "Train longer, relabel with a wider range of goals, or score with what the data were scored with.",
+            "data's scores." if enough else "",
+            "Train longer, relabel with a wider range of goals, or score with what the data were scored with."
+            if enough else f"Ask {ENOUGH} prompts or more for goals over the whole range.",
         )  # fmt: skip
     yield from _of_checkpoints(found.get("checkpoints") or ())
     base = (found.get("base") or {}).get("per_goal")
-    if base:
-        yield from _against_base(max(per_goal or found["per_goal"], key=_height), base[0], found)
+    best = None if recipe is None else recipe["top_goal"]
+    at_best = next((one for one in found["per_goal"] if one["goal"] == best), None)
+    if base and at_best is not None:
+        yield from _against_base(at_best, base[0], found)
 
 
 def _of_checkpoints(stages: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -159,9 +183,8 @@ def _within(one: Mapping[str, Any]) -> str:
     return f"{one['mean']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _height(one: Mapping[str, Any]) -> float:
-    """How high a goal is; of several attributes their sum; 0 of none."""
-    goal = one["goal"] or 0.0
+def _height(goal: Any) -> float:
+    """How high a goal is; of several attributes their sum."""
     return float(sum(goal.values())) if isinstance(goal, Mapping) else float(goal)
 
 

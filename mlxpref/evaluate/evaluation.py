@@ -106,10 +106,12 @@ def evaluate(
             of a 1-10 scale, stretched to the scale of the data.
 
     Raises:
+        UsageError: with a recipe, the tokenizer's chat template states a goal by itself.
         DataError: no example can be used.
         RunError: a log-prob is not finite, or the store cannot be written.
     """
-    check_states_none(tokenizer)
+    if recipe is not None:
+        check_states_none(tokenizer)
     views, tokens, counts = _prepare(
         examples, recipe, tokenizer,
         max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation,

@@ -74,7 +74,7 @@ def compared(runs: Mapping[str, RunRecord]) -> Iterator[Chart]:
 def data_charts(run: RunRecord) -> Iterator[Chart]:
     """What the training rows are like."""
     scores = (run.facts["data"].get("train") or {}).get("scores")
-    if scores is None:
+    if scores is None or "values" not in scores:  # a run of before these were written down
         return
     bins = tuple(f"{value:.3g}" for value in scores["values"])
     bars = tuple(Bars(side, tuple(map(float, scores[side]))) for side in ("chosen", "rejected"))

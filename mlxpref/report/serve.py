@@ -83,8 +83,8 @@ def server(make: Callable[[], str], files: Sequence[Path], *, port: int = 0) -> 
             elif where == "/":
                 try:
                     self._send(200, "text/html", current())
-                except (MlxprefError, KeyError, ValueError) as error:  # a file is being written, or is none of ours
-                    self._send(503, "text/plain", str(error))
+                except Exception as error:  # a file is being written, or is none of ours: the next look may do
+                    self._send(503, "text/plain", str(error) if isinstance(error, MlxprefError) else repr(error))
             else:
                 self._send(404, "text/plain", "there is one page here, /")
 

@@ -49,6 +49,24 @@ LIMITS = (TEMPERATURE, MAX_TOKENS, TOGETHER, REQUESTS, TUNING_REQUESTS, JUDGED, 
 """What figures depend on beside the adapter."""
 
 
+HERE = Path(__file__).resolve().parent
+
+
+@cache
+def code() -> str:
+    """A digest of what turns an arm into figures: mlxpref but its command line and its page, and this file."""
+    package = HERE.parent.parent / "mlxpref"
+    files = [file for file in package.rglob("*.py") if file.relative_to(package).parts[0] not in ("cli", "report")]
+    return _digest([file.read_text(encoding="utf-8") for file in (*sorted(files), Path(__file__))])
+
+
+@cache
+def _content(model: str) -> str:
+    """A digest of a model's files."""
+    return _digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
+                    for file in sorted(Path(model).iterdir()) if file.is_file()])  # fmt: skip
+
+
 def arms() -> dict[str, Arm]:
     """Every arm of every table, by name."""
     return {arm.name: arm for arm in (STRONG, *(arm for table in TABLES.values() for arm in table.arms))}
@@ -57,9 +75,9 @@ def arms() -> dict[str, Arm]:
 def prepare(of: Sequence[Arm], folder: Path) -> None:
     """Write all data and models that these arms share."""
     for world in dict.fromkeys(arm.world for arm in of):
-        write_world(world, folder / "worlds", base=_base_writes)
+        write_world(world, _worlds(folder), base=_base_writes)
     if any(arm.model == "strong" for arm in of):
-        write_world(STRONG.world, folder / "worlds")
+        write_world(STRONG.world, _worlds(folder))
         strong = _strong(folder)
         if not strong.is_dir():
             measured(STRONG, 0, folder)
@@ -79,7 +97,7 @@ def measured(arm: Arm, seed: int, folder: Path, *, rate: float | None = None) ->
     tuning = rate is not None
     rate = arm.rate if rate is None else rate
     place = _place(arm, seed, folder, rate)
-    key = _digest([*LIMITS, arm.goals, versions()])
+    key = _digest([*LIMITS, arm.goals, versions(), code()])
     file = place.with_name(f"{place.name}-{'tuning' if tuning else 'figures'}-{key}.json")
     if file.is_file():
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -96,7 +114,9 @@ def measured(arm: Arm, seed: int, folder: Path, *, rate: float | None = None) ->
 def _place(arm: Arm, seed: int, folder: Path, rate: float) -> Path:
     """The run folder: its name has a digest of all that the adapter in it depends on."""
     data = hashlib.sha256(_data(arm, seed, folder).read_bytes()).hexdigest()
-    key = _digest([_settings(arm, rate), Path(_model(arm, folder)).name, data, versions()])
+    model = _model(arm, folder)
+    content = Path(model).name if arm.model == "strong" else _content(model)  # its name is such a digest
+    key = _digest([_settings(arm, rate), content, data, versions(), code()])
     return folder / "arms" / f"{arm.name}-rate-{rate:g}-seed-{seed}-{key}"
 
 
@@ -107,13 +127,18 @@ def _digest(of: Any) -> str:
 # --- data and training ---
 
 
+def _worlds(folder: Path) -> Path:
+    """Of data: other code, or another base, other data."""
+    return folder / "worlds" / _digest([code(), _content(str(sandbox.MODEL))])
+
+
 def _data(arm: Arm, seed: int, folder: Path) -> Path:
-    world = write_world(arm.world, folder / "worlds", base=_base_writes)
+    world = write_world(arm.world, _worlds(folder), base=_base_writes)
     if not arm.judge:
         return world
     judge = arms()[arm.judge]
     adapter = _place(judge, seed, folder, judge.rate)
-    scored = folder / "worlds" / f"{world.stem}-by-{adapter.name}"
+    scored = _worlds(folder) / f"{world.stem}-by-{adapter.name}"
     if not scored.is_dir():
         measured(judge, seed, folder)
         wanted = Wanted(add=("implicit_reward",), adapters=(str(adapter),))
@@ -266,7 +291,7 @@ def _requests(split: str, n: int) -> list[str]:
 
 def _held_out(folder: Path, kind: str, high: float) -> tuple[list[Scored], list[Scored]]:
     """Any pairs whose scores differ, and those among them whose rejected response is a good one."""
-    file = folder / "worlds" / f"held-out-{kind}.jsonl"
+    file = _worlds(folder) / f"held-out-{kind}.jsonl"
     if not file.is_file():
         rows = read_text_pairs("eval") if kind == "ultrafeedback" else _drawn("test", 3000, 2027)
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
