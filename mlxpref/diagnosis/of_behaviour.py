@@ -7,7 +7,6 @@ from typing import Any
 
 from mlxpref.diagnosis.finding import Finding
 from mlxpref.diagnosis.record import RunRecord
-from mlxpref.evaluate.course import ENOUGH
 
 UNLEARNT = 0.05
 """Nats a token by which good responses that were merely second have become less likely, from which it is said."""
@@ -20,6 +19,9 @@ UNRELATED = 0.1
 
 WIDE = 0.5
 """Share of the goal range that the goals asked for must span before that is said."""
+
+ENOUGH = 20
+"""Prompts, or responses, from which something is said of them."""
 
 LONGER = 1.5
 """Words at the top goal ÷ words of the base from which length has drifted; also downwards."""
