@@ -111,7 +111,7 @@ def figures(scores: dict[str, list[float]], **more: Any) -> dict[str, Any]:
     return {"asked": {"scores": scores}, "seconds": {"all": 7.0}, **more}
 
 
-def test_a_difference_is_of_the_same_requests(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_difference_is_of_the_same_requests() -> None:
     mine = [figures({"none": [0, 0], "10": [8, 4]}), figures({"none": [0, 0], "10": [10, 6]})]
     other = [figures({"none": [7, 3]}), figures({"none": [7, 3]})]
     assert study_seed._difference(mine, "10", other, "none") == "+2.00 (+1.00, +3.00; requests ± 0.00)"
