@@ -172,7 +172,6 @@ class Group(Workers, ABC):
         self.rank, self.size = rank, size
         self._watch: Watch | None = None
         self._waits = False
-        self._has_lost = False
         self._exit_code = 1
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Event]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="mlxpref sums", daemon=True).start()
@@ -243,7 +242,6 @@ class Group(Workers, ABC):
 
     def lost(self, error: str = "") -> WorkerLost:
         """What to raise where a worker has gone; ``error`` is what the library below says of it."""
-        self._has_lost = True
         if self._watch is not None and self._watch.ended.wait(GRACE_SECONDS):
             rank, why = next(iter(self._watch.lost.items()))
             return WorkerLost(f"worker {rank} (of 0 to {self.size - 1}) was lost: {why}")
@@ -272,7 +270,6 @@ class Group(Workers, ABC):
         except WorkerLost:
             if self.rank > 0:
                 raise
-            self._exit_code = 0
 
     def tell(self, why: str) -> bool:
         _ignore_launcher()
@@ -293,9 +290,8 @@ class Group(Workers, ABC):
                 settings.__exit__(None, None, None)
 
     def _leave(self) -> None:
-        """A thread of a library's that waits for a worker that is gone would keep the process for ever, or abort it
-        when it comes back to a Python that has ended."""
-        if self._waits or self._has_lost:
+        """A thread that waits for a worker that is gone would keep the process for ever."""
+        if self._waits:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self._exit_code)

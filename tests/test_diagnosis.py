@@ -143,7 +143,10 @@ def test_no_wolf_is_cried(tmp_path: Path, options: dict[str, Any], notes: list[s
 # --- what was measured afterwards ---
 
 
-def goal(value: float | None, mean: float, **more: Any) -> dict[str, Any]:
+BOTH = {value: {"form": value, "content": value} for value in (1, 8, 10)}
+
+
+def goal(value: Any, mean: float, **more: Any) -> dict[str, Any]:
     return {
         "goal": value, "n": 40, "prompts": 40, "mean": mean, "interval": [mean - 0.5, mean + 0.5], "spread": [1, 9],
         "words": 20.0, "distinct": 0.9, **more,
@@ -183,6 +186,9 @@ def control(**changes: Any) -> dict[str, Any]:
         ({"per_goal": [goal(1, 1.5), goal(3, 3.0)]}, None),  # asked for 3, it writes 3: better was not asked for
         ({"spearman": -1.0, "per_goal": [goal(1, 8.4, prompts=1), goal(10, 8.5, prompts=1)]}, "too-few-goals"),
         ({"spearman": 0.0, "per_goal": [goal(9, 8.4), goal(10, 8.5)]}, "too-few-goals"),
+        ({"spearman": {"form": 0.0}, "per_goal": [goal(BOTH[8], 8), goal(BOTH[10], 8)]}, "too-few-goals"),
+        ({"spearman": {"form": 0.0}, "per_goal": [goal(BOTH[1], 8), goal(BOTH[10], 8)]}, "goal-does-not-steer"),
+        ({"per_goal": [goal(10, 3.0, prompts=3, distinct=0.1)]}, None),
         ({"samples": [{"index": 0, "goal": 10, "text": "so it was " * 9, "score": 8}]}, "repetition"),
     ],
 )
@@ -213,6 +219,9 @@ def test_the_checkpoint_to_use_is_named(tmp_path: Path, nats: tuple[float, float
         ({"mean": 4.0, "error": 2.1, "examples": 5}, 0.1, ["too-few-examples"]),
         ({"mean": 4.0, "error": 0.3, "examples": 50}, -0.2, ["good-responses-unlearnt"]),
         ({"mean": -6.0, "error": 0.3, "examples": 50}, 0.1, ["goal-reversed"]),
+        ({"mean": -1.5, "error": 0.3, "examples": 50}, 0.1, ["goal-reversed"]),
+        ({"mean": -0.9, "error": 0.1, "examples": 50}, 0.1, ["goal-ignored"]),
+        ({"mean": -1.5, "error": 0.9, "examples": 50}, 0.1, ["goal-ignored"]),
         ({"mean": None, "error": None, "examples": 0}, None, []),
     ],
 )
@@ -233,7 +242,7 @@ def test_what_is_preferred(tmp_path: Path, sensitivity: Any, change: float | Non
 
 @pytest.mark.parametrize(
     ("responses", "others", "cause"),
-    [(40, -0.2, "All responses have become less likely"), (40, 0.3, "Few rows ask for such a score"), (9, -0.2, None)],
+    [(40, -0.2, "All responses have become less likely"), (40, 0.3, "Perhaps few rows ask for such"), (9, -0.2, None)],
 )
 def test_why_good_responses_are_unlearnt(tmp_path: Path, responses: int, others: float, cause: str | None) -> None:
     """Finds a cause that was never looked at, and an alarm over a handful of responses."""

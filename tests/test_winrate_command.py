@@ -398,7 +398,7 @@ def test_a_policy_without_goals_is_asked_for_nothing(room: Room, tmp_path: Path)
     assert ran.exit_code == 0, ran.output
     found = json.loads(Path("c.json").read_text())
     assert [(one["goal"], one["n"]) for one in found["per_goal"]] == [(None, 3)]
-    assert found["spearman"] is None and found["recipe"] is None and found["checkpoints"] == []
+    assert found["spearman"] is None and found["recipe"] is None and found["checkpoints"] is None
 
 
 def test_each_checkpoint_is_asked_for_its_best(room: Room, tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -451,7 +451,8 @@ def test_each_checkpoint_is_asked_for_its_best(room: Room, tmp_path: Path, tiny_
     ran = run(*asked, "again.json")
     assert ran.exit_code == 1 and "not finite" in ran.stderr and "distances are from the base" in ran.stderr
     kept = json.loads(Path("again.json").read_text())
-    assert kept["checkpoints"] == [] and len(kept["samples"]) == 20  # the curve is not lost with it
+    assert kept["checkpoints"] is None and len(kept["samples"]) == 20  # the curve is not lost with it
+    assert "20 responses to 20 prompts" in run(*asked[:-1]).stdout
 
 
 @pytest.mark.parametrize(
@@ -460,6 +461,7 @@ def test_each_checkpoint_is_asked_for_its_best(room: Room, tmp_path: Path, tiny_
         ({"goal_range": (1, 3), "number_format": 0}, [1, 2, 3]),
         ({"goal_range": (0.5, 5)}, [0.5, 1.625, 2.75, 3.875, 5]),
         ({"goal_range": (0, 1234567)}, [0, 308642, 617284, 925925, 1234567]),
+        ({"goal_range": (1, 10), "top_goal": 9}, [1, 3, 6, 8, 9, 10]),
     ],
 )
 def test_goals_that_nobody_named_are_on_the_recipes_scale(settings: dict[str, Any], goals: list[float]) -> None:

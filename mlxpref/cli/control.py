@@ -104,7 +104,7 @@ def command(
             "--picture draws goals, and this policy was trained without any" if recipe is None else
             "--picture draws goals; leave none out of --goals (--compare-base draws the base)"
         )  # fmt: skip
-    base, stages, file = None, list[Stage](), options["json_file"]
+    base, file = None, options["json_file"]
     with unfinished(file) as keep:
         opened = open_policy(
             adapter_path=adapter_path, model=model, revision=revision, dtype=dtype,
@@ -115,19 +115,18 @@ def command(
             base = _asked(questions, [None], scorer, opened, options, "responses of the base", keep, adapter=False)
         stored = None if recipe is None else recipe.as_dict()
         named: dict[str, Any] = {"revision": revision, "dtype": dtype, "recipe": stored, "adapter": adapter_path}
-        about = {**_record(found, base, prompts, questions, opened, options), **named, "checkpoints": []}
+        about = {**_record(found, base, prompts, questions, opened, options), **named, "checkpoints": None}
         _write(about, file)
+        _show(found, base, scorer, options["top"])
+        if options["picture"] is not None:
+            draw_record(about, options["picture"])
         if folders:
             if opened.facts.get("init_from"):
                 console.warn(f"trained against adapter {opened.facts['init_from']}; distances are from the base")
             opened = replace(opened, policy=None)  # one model in memory at a time
             stages = _course(questions, folders, scorer, opened, options, keep, model=model, dtype=dtype)
             _write({**about, "checkpoints": [stage.as_record() for stage in stages]}, file)
-    _show(found, base, scorer, options["top"])
-    if stages:
-        _show_course(stages)
-    if options["picture"] is not None:
-        draw_record(about, options["picture"])
+            _show_course(stages)
 
 
 def _write(about: Mapping[str, Any], file: Path | None) -> None:
@@ -155,7 +154,7 @@ def _goals(text: str | None, attribute: str | None, recipe: Recipe | None) -> li
     if attribute is not None and attribute not in recipe.attributes:
         named = ", ".join(recipe.attributes) or "one score without a name"
         raise UsageError(f"--attribute {attribute}: the recipe has {named}")
-    values = _spread(recipe) if text is None else [_number(part.strip()) for part in text.split(",")]
+    values = _spread(recipe, attribute) if text is None else [_number(part.strip()) for part in text.split(",")]
     if not recipe.attributes:
         return _different([None if value is None else recipe.check_goal(value) for value in values], text)
     kept = {} if attribute is None else recipe.top_goal
@@ -174,12 +173,18 @@ def _different(goals: list[Goal | None], text: str | None) -> list[Goal | None]:
     return goals
 
 
-def _spread(recipe: Recipe) -> list[float | None]:
-    """Goals over the whole range, whole numbers where its ends are some and far enough apart, as most scores are."""
+def _spread(recipe: Recipe, attribute: str | None) -> list[float | None]:
+    """Goals over the whole range, whole numbers where its ends are some and far enough apart, as most scores are; and
+    what is asked for by default, of one score or one attribute."""
     low, high = recipe.goal_range
     values = np.linspace(low, high, N_GOALS)
     if high - low >= N_GOALS - 1 and float(low).is_integer() and float(high).is_integer():
         values = values.round()
+    top = recipe.top_goal
+    if not isinstance(top, Mapping):
+        values = np.append(values, top)
+    elif attribute is not None:
+        values = np.append(values, top[attribute])
     if recipe.number_format is not None:
         values = values.round(recipe.number_format)
     return [float(value) for value in np.unique(values)]

@@ -47,7 +47,7 @@ def findings(run: RunRecord) -> Iterator[Finding]:
 def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
     sensitivity = found.get("goal_sensitivity") or {}
     mean, error = sensitivity.get("mean"), sensitivity.get("error")
-    if mean is not None and error is not None and mean + 2 * error < -DEAF:
+    if mean is not None and error is not None and mean < min(-DEAF, -2 * error):
         yield Finding(
             "goal-reversed", "alarm",
             "The goal in the prompt is obeyed the wrong way round.",
@@ -82,7 +82,7 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
         + f": {change['per_token']:+.2f} nats a token over {change['responses']} of them",
         "Training without goals pushes down whatever was second, however good." if not goals else
         "All responses have become less likely, these with them." if all_fell else
-        "Few rows ask for such a score, or it does not tell them from better responses.",
+        "Perhaps few rows ask for such a score, or it does not tell them from better responses.",
         "Use a larger beta or a lower optimizer.learning_rate, or add a term {name: sft, weight: 0.1}." if goals else
         "Train with goals (section relabel), which ask for such responses by their own score.",
     )  # fmt: skip
@@ -97,9 +97,9 @@ def _of_control(found: Mapping[str, Any]) -> Iterator[Finding]:
     known = [value for value in values if value is not None]
     recipe = found.get("recipe")
     if recipe is not None and known and max(known) <= UNRELATED:
-        heights, (low, high) = [_height(one["goal"]) for one in asked], recipe["goal_range"]
+        low, high = recipe["goal_range"]
         enough = min(one["prompts"] for one in asked) >= ENOUGH
-        enough = enough and max(heights) - min(heights) >= WIDE * (high - low)
+        enough = enough and _span([one["goal"] for one in asked]) >= WIDE * (high - low)
         yield Finding(
             "goal-does-not-steer" if enough else "too-few-goals", "alarm" if enough else "note",
             "What is written does not follow the goal." if enough else
@@ -114,7 +114,7 @@ def _of_control(found: Mapping[str, Any]) -> Iterator[Finding]:
     base = (found.get("base") or {}).get("per_goal")
     best = None if recipe is None else recipe["top_goal"]
     at_best = next((one for one in found["per_goal"] if one["goal"] == best), None)
-    if base and at_best is not None:
+    if base and at_best is not None and at_best["prompts"] >= ENOUGH:
         yield from _against_base(at_best, base[0], found)
 
 
@@ -185,9 +185,10 @@ def _within(one: Mapping[str, Any]) -> str:
     return f"{one['mean']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _height(goal: Any) -> float:
-    """How high a goal is; of several attributes their sum."""
-    return float(sum(goal.values())) if isinstance(goal, Mapping) else float(goal)
+def _span(goals: Sequence[Any]) -> float:
+    """From the lowest to the highest; of several attributes, that which spans most."""
+    named = [goal if isinstance(goal, Mapping) else {"": goal} for goal in goals]
+    return max(max(goal[name] for goal in named) - min(goal[name] for goal in named) for name in named[0])
 
 
 def _repeated(samples: Sequence[Mapping[str, Any]], goal: Any) -> float | None:

@@ -76,12 +76,14 @@ class TorchWorkers(Group):
         if not values.is_cuda:
             total = values.detach().clone()
             alone = _holders(total)
-            dist.all_reduce(total)
-            # gloo's thread lets go of the sum when it comes to it, and where Python is at its end by then that aborts
-            # the process: no sum is over before.
-            latest = time.monotonic() + LET_GO_SECONDS
-            while _holders(total) != alone and time.monotonic() < latest:
-                time.sleep(0)
+            try:
+                dist.all_reduce(total)
+            finally:
+                # gloo's thread lets go of the sum when it comes to it, and where Python is at its end by then that
+                # aborts the process: no sum is over before.
+                latest = time.monotonic() + LET_GO_SECONDS
+                while _holders(total) != alone and time.monotonic() < latest:
+                    time.sleep(1e-4)
             return total
         torch.cuda.set_device(self._device)
         with torch.cuda.stream(self._stream):

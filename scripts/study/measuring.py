@@ -54,17 +54,17 @@ HERE = Path(__file__).resolve().parent
 
 @cache
 def code() -> str:
-    """A digest of what turns an arm into figures: mlxpref but its command line and its page, and this file."""
+    """A digest of what turns an arm into figures: mlxpref but its command line and its page, the worlds, this file."""
     package = HERE.parent.parent / "mlxpref"
     files = [file for file in package.rglob("*.py") if file.relative_to(package).parts[0] not in ("cli", "report")]
-    return _digest([file.read_text(encoding="utf-8") for file in (*sorted(files), Path(__file__))])
+    return _digest([file.read_text(encoding="utf-8") for file in (*sorted(files), Path(__file__), HERE / "worlds.py")])
 
 
 @cache
-def _content(model: str) -> str:
-    """A digest of a model's files."""
+def _content(folder: str) -> str:
+    """A digest of a folder's files."""
     return _digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
-                    for file in sorted(Path(model).iterdir()) if file.is_file()])  # fmt: skip
+                    for file in sorted(Path(folder).iterdir()) if file.is_file()])  # fmt: skip
 
 
 def arms() -> dict[str, Arm]:
@@ -75,9 +75,9 @@ def arms() -> dict[str, Arm]:
 def prepare(of: Sequence[Arm], folder: Path) -> None:
     """Write all data and models that these arms share."""
     for world in dict.fromkeys(arm.world for arm in of):
-        write_world(world, _worlds(folder), base=_base_writes)
+        write_world(world, _worlds(folder, world), base=_base_writes)
     if any(arm.model == "strong" for arm in of):
-        write_world(STRONG.world, _worlds(folder))
+        write_world(STRONG.world, _worlds(folder, STRONG.world))
         strong = _strong(folder)
         if not strong.is_dir():
             measured(STRONG, 0, folder)
@@ -127,18 +127,19 @@ def _digest(of: Any) -> str:
 # --- data and training ---
 
 
-def _worlds(folder: Path) -> Path:
-    """Of data: other code, or another base, other data."""
-    return folder / "worlds" / _digest([code(), _content(str(sandbox.MODEL))])
+def _worlds(folder: Path, world: str) -> Path:
+    """Of data: other code, another base or other texts, other data."""
+    of = assets() / "data" / "ultrafeedback" if world == "ultrafeedback" else sandbox.MODEL
+    return folder / "worlds" / _digest([code(), _content(str(of))])
 
 
 def _data(arm: Arm, seed: int, folder: Path) -> Path:
-    world = write_world(arm.world, _worlds(folder), base=_base_writes)
+    world = write_world(arm.world, _worlds(folder, arm.world), base=_base_writes)
     if not arm.judge:
         return world
     judge = arms()[arm.judge]
     adapter = _place(judge, seed, folder, judge.rate)
-    scored = _worlds(folder) / f"{world.stem}-by-{adapter.name}"
+    scored = _worlds(folder, arm.world) / f"{world.stem}-by-{adapter.name}"
     if not scored.is_dir():
         measured(judge, seed, folder)
         wanted = Wanted(add=("implicit_reward",), adapters=(str(adapter),))
@@ -291,7 +292,7 @@ def _requests(split: str, n: int) -> list[str]:
 
 def _held_out(folder: Path, kind: str, high: float) -> tuple[list[Scored], list[Scored]]:
     """Any pairs whose scores differ, and those among them whose rejected response is a good one."""
-    file = _worlds(folder) / f"held-out-{kind}.jsonl"
+    file = _worlds(folder, kind) / f"held-out-{kind}.jsonl"
     if not file.is_file():
         rows = read_text_pairs("eval") if kind == "ultrafeedback" else _drawn("test", 3000, 2027)
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
