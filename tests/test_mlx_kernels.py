@@ -442,7 +442,8 @@ def test_the_heads_chunks_leave_nothing_behind() -> None:
         return peak_of(loss, mx.random.normal((n, 128)))
 
     for statistics in ((), ("overlap",), ("token_kl",)):
-        assert peak(512, statistics) - peak(256, statistics) < 4e6, statistics
+        grown = peak(1024, statistics) - peak(256, statistics)
+        assert grown < 12e6, statistics  # three chunks' logits: how many the scheduler overlaps is not always the same
 
 
 def test_scores_made_again_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
