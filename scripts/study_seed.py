@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -100,9 +100,14 @@ def _all_measured(jobs: Sequence[Job], out: Path, workers: int) -> list[Figures]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # it says so where a process has died
         for wave in (judges, jobs):
             asked, found = [(*job, out) for job in wave], []
-            for job, one in zip(asked, pool.map(_measured, asked), strict=True):
-                print(f"{job[0].name}, seed {job[1]}: {one['seconds']['all']:.0f} s", file=sys.stderr, flush=True)
-                found.append(one)
+            try:
+                for job, one in zip(asked, pool.map(_measured, asked), strict=True):
+                    print(f"{job[0].name}, seed {job[1]}: {one['seconds']['all']:.0f} s", file=sys.stderr, flush=True)
+                    found.append(one)
+            except BaseException:  # Ctrl-C, too: none of those that wait is begun
+                for child in active_children():
+                    child.terminate()
+                raise
     return found
 
 

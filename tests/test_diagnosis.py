@@ -248,9 +248,11 @@ def test_why_good_responses_are_unlearnt(tmp_path: Path, responses: int, others:
     """Finds a cause that was never looked at, and an alarm over a handful of responses."""
     folder = fake_runs.write_run(tmp_path / "run")
     change = {"high_score_rejected": {"responses": responses, "sum": -2.0, "per_token": -0.1}}
-    change |= {side: {"per_token": others} for side in ("chosen", "rejected")}
+    change |= {"rejected": {"per_token": others}, "chosen": {"per_token": -0.4}}  # is meant to fall: not its goal
+    chosen = {"change": {"chosen": {"per_token": others}}}
     sensitivity = {"mean": 4.0, "error": 0.3, "examples": 50}
-    found = {"views": {"rejected": {"change": change}}, "goal_sensitivity": sensitivity, "high_score": 8.0}
+    views = {"rejected": {"change": change}, "chosen": chosen}
+    found = {"views": views, "goal_sensitivity": sensitivity, "high_score": 8.0}
     (folder / "evaluation.json").write_text(json.dumps(found))
     causes = [one.cause for one in diagnose(read_record(folder))]
     assert (not causes) if cause is None else causes[0].startswith(cause)

@@ -273,9 +273,6 @@ def test_answers_are_on_disk_before_all_are_there(tmp_path: Path, monkeypatch: p
         with unfinished(tmp_path / "x.jsonl"):
             pass  # another file of the same stem
     assert not list(tmp_path.iterdir())
-    (tmp_path / "x.json.unfinished.json").write_text("[]\n")  # of one that was killed before its first answer
-    with unfinished(tmp_path / "x.json"):
-        pass
 
 
 def test_a_prompt_that_no_judge_can_read_is_refused_before_a_model_loads(room: Room, tiny_model_dir: Path) -> None:

@@ -56,7 +56,7 @@ N_GOALS = 5
 @click.option(
     "--goals",
     metavar="GOAL,…",
-    help=f"What to ask for, with commas between.  [default: {N_GOALS} over the range of the recipe]",
+    help=f"What to ask for, with commas between.  [default: {N_GOALS} over the range of the recipe, and its top]",
 )
 @click.option(
     "--attribute",
@@ -118,8 +118,6 @@ def command(
         about = {**_record(found, base, prompts, questions, opened, options), **named, "checkpoints": None}
         _write(about, file)
         _show(found, base, scorer, options["top"])
-        if options["picture"] is not None:
-            draw_record(about, options["picture"])
         if folders:
             if opened.facts.get("init_from"):
                 console.warn(f"trained against adapter {opened.facts['init_from']}; distances are from the base")
@@ -127,6 +125,8 @@ def command(
             stages = _course(questions, folders, scorer, opened, options, keep, model=model, dtype=dtype)
             _write({**about, "checkpoints": [stage.as_record() for stage in stages]}, file)
             _show_course(stages)
+    if options["picture"] is not None:
+        draw_record(about, options["picture"])
 
 
 def _write(about: Mapping[str, Any], file: Path | None) -> None:

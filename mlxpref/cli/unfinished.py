@@ -38,7 +38,7 @@ def unfinished(file: Path | None, *, clock: Callable[[], float] = time.monotonic
         yield lambda answers, of: None
         return
     aside = file.with_name(f"{file.name}.unfinished.json")
-    if aside.exists() and aside.read_text(encoding="utf-8").split() != ["[]"]:  # nothing: it was killed at once
+    if aside.exists():
         raise UsageError(f"{aside}: what an earlier command wrote and never finished is there; move it away first")
     kept: list[tuple[str, Answer]] = []
 

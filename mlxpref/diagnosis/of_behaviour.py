@@ -52,7 +52,7 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
             "goal-reversed", "alarm",
             "The goal in the prompt is obeyed the wrong way round.",
             f"goal sensitivity {mean:.3f} ± {error:.3f} nats over {sensitivity['examples']} examples; 0 is ignoring it",
-            "Each prompt states the other response's score, or lower scores are the better ones.",
+            "Prompts or scores of the training rows were others' than those of the rows that are evaluated.",
             "See with `mlxpref inspect` that each prompt states its response's score; relabel anew.",
         )  # fmt: skip
     elif mean is not None and error is not None and mean <= 2 * error:
@@ -73,7 +73,10 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
     if change["responses"] < ENOUGH:
         return
     goals = "rejected" in found["views"]
-    all_fell = goals and all((own["change"][side]["per_token"] or 0.0) < 0 for side in ("chosen", "rejected"))
+    # Each side under its own goal; with another's, one of the two is meant to fall.
+    all_fell = goals and all(
+        (found["views"][side]["change"][side]["per_token"] or 0.0) < 0 for side in ("chosen", "rejected")
+    )
     yield Finding(
         "good-responses-unlearnt", "warning",
         "Good responses that were merely second have become less likely.",
@@ -83,8 +86,9 @@ def _of_evaluation(found: Mapping[str, Any]) -> Iterator[Finding]:
         "Training without goals pushes down whatever was second, however good." if not goals else
         "All responses have become less likely, these with them." if all_fell else
         "Perhaps few rows ask for such a score, or it does not tell them from better responses.",
-        "Use a larger beta or a lower optimizer.learning_rate, or add a term {name: sft, weight: 0.1}." if goals else
-        "Train with goals (section relabel), which ask for such responses by their own score.",
+        "Train with goals (section relabel), which ask for such responses by their own score." if not goals else
+        "Use a larger beta or a lower optimizer.learning_rate, or add a term {name: sft, weight: 0.1}." if all_fell else
+        "See with `mlxpref report` how many training rows have such scores; add pairs in which such a response loses.",
     )  # fmt: skip
 
 

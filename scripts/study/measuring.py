@@ -52,11 +52,14 @@ LIMITS = (TEMPERATURE, MAX_TOKENS, TOGETHER, REQUESTS, TUNING_REQUESTS, JUDGED, 
 HERE = Path(__file__).resolve().parent
 
 
+APART = ("cli", "diagnosis", "doctor", "report", "torch_backend")
+
+
 @cache
 def code() -> str:
-    """A digest of what turns an arm into figures: mlxpref but its command line and its page, the worlds, this file."""
+    """A digest of what turns an arm into figures: the packages of mlxpref that take part, the worlds, this file."""
     package = HERE.parent.parent / "mlxpref"
-    files = [file for file in package.rglob("*.py") if file.relative_to(package).parts[0] not in ("cli", "report")]
+    files = [file for file in package.rglob("*.py") if file.relative_to(package).parts[0] not in APART]
     return _digest([file.read_text(encoding="utf-8") for file in (*sorted(files), Path(__file__), HERE / "worlds.py")])
 
 
@@ -133,6 +136,10 @@ def _worlds(folder: Path, world: str) -> Path:
     return folder / "worlds" / _digest([code(), _content(str(of))])
 
 
+def _references(folder: Path) -> Path:
+    return folder / "reference" / code()
+
+
 def _data(arm: Arm, seed: int, folder: Path) -> Path:
     world = write_world(arm.world, _worlds(folder, arm.world), base=_base_writes)
     if not arm.judge:
@@ -159,7 +166,7 @@ def _train(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: flo
 
 def _config(arm: Arm, data: Path, place: Path, folder: Path, seed: int, rate: float) -> Any:
     paths = {
-        "model.path": _model(arm, folder), "data.source": str(data), "reference.store": str(folder / "reference"),
+        "model.path": _model(arm, folder), "data.source": str(data), "reference.store": str(_references(folder)),
         "output.adapter_path": str(place), "training.seed": seed,
     }  # fmt: skip
     return load_config(None, list({**_settings(arm, rate), **paths}.items()))
@@ -255,7 +262,7 @@ def _attributes(room: Any, policy: Any, recipe: Recipe, seed: int) -> dict[str, 
 
 def _log_probs(arm: Arm, room: Any, policy: Any, recipe: Recipe | None, folder: Path) -> dict[str, Any]:
     """What is preferred, goal by goal, and how much likelier good responses became that lost their pair."""
-    store, tokenizer = ReferenceStore(folder / "reference", policy.fingerprint), load_tokenizer(_model(arm, folder))
+    store, tokenizer = ReferenceStore(_references(folder), policy.fingerprint), load_tokenizer(_model(arm, folder))
     real = arm.world == "ultrafeedback"
     high, limit = (TEXT_HIGH, arm.settings["tokenization.max_length"]) if real else (HIGH, MAX_LENGTH)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -29,20 +28,17 @@ LONGER = 4
 GAP = 3
 """Points that the two scores are apart at least, as a judge sees them."""
 
-DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-"""Of this file: other worlds, other names."""
-
 DRAWN = 40_000
 """Pairs to choose from."""
 
 
 def write_world(name: str, folder: Path, *, base: Callable[[list[str]], list[str]] | None = None) -> Path:
-    """A world's pairs as a JSONL file; the same whenever it is written.
+    """A world's pairs as a JSONL file; the same whenever it is written by the same code.
 
     Args:
         base: prompts → a response to each, drawn from the base model; for the world ``own``.
     """
-    file = folder / f"{name}-{DIGEST}.jsonl"
+    file = folder / f"{name}.jsonl"
     if not file.is_file():
         rows = WORLDS[name](random.Random(f"study {name}"), base)
         write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
